@@ -1,0 +1,80 @@
+"""Checkpoints that load without running code, and that a crash while saving cannot break."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+FORMAT = "recbole_holo/1"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read, and what to do."""
+
+
+def plain(value: Any) -> Any:
+    """``value`` as numbers, strings, tensors, lists and dicts only, so that it can be read back without unpickling."""
+    if isinstance(value, np.generic):  # before float: np.float64 is one, and pickles as an object
+        return value.item()
+    if value is None or type(value) in (str, int, float, bool) or isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value) if value.dtype.kind in "biuf" else value.tolist()
+    if isinstance(value, dict):
+        return {key if isinstance(key, (int, str)) else str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(plain(item) for item in value)
+    if isinstance(value, (list, set, frozenset)):
+        return [plain(item) for item in value]
+    return str(value)
+
+
+def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes ``state`` whole or not at all: to a file beside ``path``, flushed to disk, then moved over it."""
+    folder = os.path.dirname(os.path.abspath(path))
+    descriptor, unfinished = tempfile.mkstemp(prefix=".saving-", suffix=".pth", dir=folder)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            torch.save({"format": FORMAT, **plain(state)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        os.unlink(unfinished)
+        raise
+
+
+def load(path: str | os.PathLike[str], map_location: Any = "cpu", trust_checkpoint: bool = False) -> dict[str, Any]:
+    """Reads a checkpoint of this package, or, if trusted, one of RecBole's.
+
+    Args:
+        trust_checkpoint: RecBole's own checkpoints are pickles of Python objects, and loading one runs whatever code
+            its author put there. They are refused unless this is set.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: not a checkpoint, a broken one, or a pickle that is not trusted.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"checkpoint: no file {os.fspath(path)!r}")
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not trust_checkpoint:
+            raise CheckpointError(
+                f"checkpoint: {os.fspath(path)!r} holds pickled Python objects, and loading them can run any code. If "
+                "you made it yourself, with RecBole, pass trust_checkpoint=True (--trust_checkpoint=True)."
+            ) from error
+    except (RuntimeError, EOFError, KeyError, OSError) as error:
+        raise CheckpointError(f"checkpoint: {os.fspath(path)!r} is broken or not a checkpoint ({error})") from error
+    warnings.warn(f"unpickling {os.fspath(path)!r}, which can run code: trust_checkpoint is set", stacklevel=2)
+    try:
+        return torch.load(path, map_location=map_location, weights_only=False)
+    except Exception as error:  # an untrusted format has no fixed set of errors
+        raise CheckpointError(f"checkpoint: {os.fspath(path)!r} could not be unpickled ({error})") from error

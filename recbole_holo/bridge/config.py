@@ -1,0 +1,280 @@
+"""The configuration: RecBole's keys, files and precedence, for all models, with errors before work starts."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from logging import getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from recbole.config import Config as RecBoleConfig
+from recbole.evaluator import metric_types
+from recbole.utils import ModelType
+
+from recbole_holo.bridge import registry, resources
+from recbole_holo.bridge.errors import ConfigError, nearest, nearest_names
+from recbole_holo.ops.backend import BACKENDS
+
+# How this run is spread over processes; says nothing about the experiment.
+LAUNCH_KEYS = ("local_rank", "world_size", "nproc", "offset", "ip", "port", "config_files", "resume")
+
+# Keys that RecBole or this package reads although no yaml file gives them a default.
+EXTRA_KEYS = frozenset(
+    {
+        "model",
+        "dataset",
+        "config_files",
+        "config_file_list",
+        "data_path",
+        "encoding",
+        "reg_weight",
+        "embedding_size",
+        "benchmark_filename",
+        "discretization",
+        "alias_of_user_id",
+        "alias_of_item_id",
+        "kge_interval",
+        "save_step",
+        "pretrain_epochs",
+        "train_rec_step",
+        "train_kg_step",
+        "warm_up_step",
+        "lgb_params",
+        "xgb_params",
+        "seq_len",
+        "nproc",
+        "world_size",
+        "ip",
+        "port",
+        "group_offset",
+        "offset",
+        "local_rank",
+        "wandb_project",
+        "keep_unseen_items",
+        "search_space",
+        "search_algo",
+        "max_evals",
+    }
+)
+
+
+class Config(RecBoleConfig):
+    """RecBole's ``Config`` for this package's models and RecBole's.
+
+    Precedence, lowest first: RecBole's defaults, ``properties/overall.yaml``, ``properties/model/<Model>.yaml``,
+    ``dataset_configs/<dataset>.yaml``, the user's config files in their order, ``config_dict``, the command line.
+
+    Unlike RecBole's: the command line is read only when it is passed (``argv``); values are parsed as literals, never
+    evaluated as code; a config file may be a preset's name (``HoloMambaRec_paper``); unknown keys get a warning.
+
+    Args:
+        model: name or class of a model; None = from the other sources.
+        dataset: name of a data set; None likewise.
+        config_file_list: yaml files or preset names, the last one wins.
+        config_dict: settings that win over files.
+        argv: command line words ``--key=value`` that win over everything; others are ignored with a warning.
+        foreign_argv: the command line is another program's: words that are no setting are its own affair.
+        complete: ``config_dict`` is the whole configuration, as a checkpoint holds it: no yaml file is read.
+
+    Raises:
+        ConfigError: unknown model, file, backend or metric, malformed yaml, top-k out of range.
+    """
+
+    def __init__(
+        self,
+        model: str | type | None = None,
+        dataset: str | None = None,
+        config_file_list: Sequence[str | os.PathLike[str]] | None = None,
+        config_dict: Mapping[str, Any] | None = None,
+        argv: Sequence[str] = (),
+        foreign_argv: bool = False,
+        complete: bool = False,
+    ) -> None:
+        self._argv = list(argv)
+        self._foreign_argv = foreign_argv
+        self._complete = complete
+        super().__init__(model, dataset, [str(f) for f in config_file_list or []], dict(config_dict or {}))
+        self._check_values()
+        if not complete:
+            self._warn_of_unknown_keys()
+
+    # ------------------------------------------------------------------ sources
+    def _load_config_files(self, file_list: Iterable[str] | None) -> dict[str, Any]:
+        settings: dict[str, Any] = {}
+        for name in file_list or ():
+            settings.update(self._read_yaml(resolve_config_file(name)))
+        return settings
+
+    def _load_cmd_line(self) -> dict[str, Any]:
+        settings: dict[str, Any] = {}
+        for word in self._argv:
+            key, equals, value = word.removeprefix("--").partition("=")
+            if not (word.startswith("--") and equals and key):
+                if self._foreign_argv:
+                    continue
+                getLogger().warning(f"command line: {word!r} is ignored; settings are written --key=value")
+                continue
+            if key in settings and settings[key] != value:
+                raise ConfigError(key, value, f"the command line also says {settings[key]!r}; give one value")
+            settings[key] = value
+        return self._convert_config_dict(settings)
+
+    def _convert_config_dict(self, config_dict: dict[str, Any]) -> dict[str, Any]:
+        """Strings that are Python literals or yaml booleans become values. RecBole calls ``eval`` here."""
+        return {key: _literal(value) if isinstance(value, str) else value for key, value in config_dict.items()}
+
+    def _get_model_and_dataset(self, model: str | type | None, dataset: str | None) -> tuple[str, type, str]:
+        model = model or self.external_config_dict.get("model")
+        dataset = dataset or self.external_config_dict.get("dataset")
+        if model is None:
+            raise ConfigError("model", None, "name one: --model=HoloMambaRec")
+        if dataset is None:
+            raise ConfigError("dataset", None, "name one: --dataset=ml-100k")
+        if isinstance(model, str):
+            return model, registry.get_model_class(model), dataset
+        return model.__name__, model, dataset
+
+    def _load_internal_config_dict(self, model: str, model_class: Any, dataset: str) -> None:
+        if self._complete:
+            self.internal_config_dict = {"MODEL_TYPE": model_class.type}
+            return
+        super()._load_internal_config_dict(model, model_class, dataset)
+        self.internal_config_dict.update(self._read_yaml(resources.properties("overall.yaml")))
+        for path in (resources.properties("model", f"{model}.yaml"), resources.dataset_config(dataset)):
+            if path.is_file():
+                self.internal_config_dict.update(self._read_yaml(path))
+        if self._foreign_argv:
+            ours = {**self.file_config_dict, **self.variable_config_dict}
+            for key in set(self.cmd_config_dict) - set(ours) - self.known_keys():
+                del self.external_config_dict[key]
+
+    def _read_yaml(self, path: Path) -> dict[str, Any]:
+        try:
+            settings = yaml.load(path.read_text(encoding="utf-8"), Loader=self.yaml_loader)
+        except yaml.YAMLError as error:
+            raise ConfigError("config file", str(path), f"it is not well-formed yaml: {error}") from error
+        if settings is None:
+            return {}
+        if not isinstance(settings, dict):
+            raise ConfigError("config file", str(path), "it must hold `key: value` lines")
+        return settings
+
+    # ------------------------------------------------------------------ the final settings
+    def _get_final_config_dict(self) -> dict[str, Any]:
+        final = super()._get_final_config_dict()
+        sequential = self.internal_config_dict["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        if sequential and final.get("loss_type") == "CE" and "train_neg_sample_args" not in self.external_config_dict:
+            final["train_neg_sample_args"] = None  # RecBole's default stands in the way of its own CE models
+        self._add_attribute_columns(final)
+        # What rebuilds this configuration wherever it is loaded, whatever the yaml files say by then.
+        self.given = {key: value for key, value in final.items() if key not in ("MODEL_TYPE", *LAUNCH_KEYS)}
+        return final
+
+    def _add_attribute_columns(self, final: dict[str, Any]) -> None:
+        names, columns = final.get("item_attributes"), final.get("load_col")
+        if not getattr(self.model_class, "uses_attributes", False):
+            final["item_attributes"] = []
+        elif names and isinstance(columns, dict) and columns.get("item") != "*":
+            wanted = [final.get("ITEM_ID_FIELD"), *(columns.get("item") or []), *names]
+            final["load_col"] = {**columns, "item": list(dict.fromkeys(wanted))}
+
+    def _init_device(self) -> None:
+        """As RecBole's, with gloo where there are no GPUs; the visible devices stay as the user set them."""
+        final = self.final_config_dict
+        gpu_id = final["gpu_id"]
+        final["gpu_id"] = ",".join(map(str, gpu_id)) if isinstance(gpu_id, (tuple, list)) else str(gpu_id)
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", final["gpu_id"])
+        cuda = torch.cuda.is_available() and final["use_gpu"] and final["gpu_id"] != ""
+        final["device"] = torch.device("cuda" if cuda else "cpu")
+        final["single_spec"] = "local_rank" not in final
+        if final["single_spec"]:
+            final["local_rank"] = 0
+            return
+        if cuda:
+            if torch.cuda.device_count() < final["nproc"]:
+                raise ConfigError("nproc", final["nproc"], f"{torch.cuda.device_count()} GPU(s) are visible (gpu_id)")
+            final["device"] = torch.device("cuda", final["local_rank"])
+            torch.cuda.set_device(final["local_rank"])
+        torch.distributed.init_process_group(
+            backend="nccl" if cuda else "gloo",
+            rank=final["local_rank"] + final["offset"],
+            world_size=final["world_size"],
+            init_method=f"tcp://{final['ip']}:{final['port']}",
+        )
+        if final["local_rank"] != 0:
+            final.update(state="error", show_progress=False, verbose=False)
+
+    # ------------------------------------------------------------------ checks
+    def _set_default_parameters(self) -> None:
+        final = self.final_config_dict
+        metrics = [final["metrics"]] if isinstance(final["metrics"], str) else final["metrics"]
+        for metric in metrics:
+            if metric.lower() not in metric_types:
+                raise ConfigError("metrics", metric, nearest(metric, metric_types))
+        topk = [final["topk"]] if isinstance(final["topk"], int) else final["topk"]
+        if not (isinstance(topk, list) and topk and all(type(k) is int and k >= 1 for k in topk)):
+            raise ConfigError("topk", final["topk"], "use whole numbers of at least 1, such as [10, 20]")
+        super()._set_default_parameters()
+        self._check_valid_metric(metrics, topk)
+
+    def _check_valid_metric(self, metrics: list[str], topk: list[int]) -> None:
+        name, _, k = str(self.final_config_dict["valid_metric"]).partition("@")
+        known = {m.lower() for m in metrics}
+        if name.lower() not in known or (k and k.isdigit() and int(k) not in topk):
+            offered = ", ".join(f"{m}@{topk[0]}" for m in metrics)
+            raise ConfigError(
+                "valid_metric", self.final_config_dict["valid_metric"], f"it must be among metrics and topk: {offered}"
+            )
+
+    def _check_values(self) -> None:
+        final = self.final_config_dict
+        if final.get("backend", "auto") not in BACKENDS:
+            raise ConfigError("backend", final["backend"], nearest(final["backend"], BACKENDS))
+        if final.get("backend") == "cuda" and final["device"].type != "cuda":
+            raise ConfigError("backend", "cuda", "no GPU can be used (use_gpu, gpu_id, python -m recbole_holo.doctor)")
+        for field, least in (("epochs", 0), ("train_batch_size", 1), ("eval_batch_size", 1), ("eval_step", 0)):
+            if type(final[field]) is not int or final[field] < least:
+                raise ConfigError(field, final[field], f"use a whole number of at least {least}")
+        for field in ("learning_rate",):
+            if not isinstance(final[field], (int, float)) or not final[field] > 0:
+                raise ConfigError(field, final[field], "use a number above 0")
+
+    def known_keys(self) -> set[str]:
+        """All keys that mean something for this model and data set."""
+        listed = {key for keys in self.parameters.values() for key in keys}
+        return listed | set(self.internal_config_dict) | EXTRA_KEYS
+
+    def _warn_of_unknown_keys(self) -> None:
+        known = self.known_keys()
+        for key in self.external_config_dict:
+            if key not in known:
+                close = nearest_names(key, known, limit=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                getLogger().warning(f"config: unknown key {key!r} = {self.external_config_dict[key]!r}{hint}")
+
+
+def resolve_config_file(name: str | os.PathLike[str]) -> Path:
+    """A config file by its path, or one of this package's presets by its name.
+
+    Raises:
+        ConfigError: neither exists; the nearest presets are offered.
+    """
+    path, presets = Path(name), resources.presets()
+    if path.is_file():
+        return path
+    if str(name) in presets:
+        return presets[str(name)]
+    raise ConfigError("config_files", str(name), f"no such file or preset; {nearest(path.stem, presets)}")
+
+
+def _literal(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None if text in ("~", "null") else text

@@ -1,0 +1,79 @@
+"""The command: ``python run_recbole_holo.py --model=HoloMambaRec --dataset=ml-1m [--any_key=value]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from recbole_holo.bridge.checkpoint import CheckpointError
+from recbole_holo.bridge.errors import ConfigError, DataError
+
+
+def parser() -> argparse.ArgumentParser:
+    """RecBole's own flags, and the search for hyper-parameters."""
+    flags = argparse.ArgumentParser(
+        prog="run_recbole_holo.py",
+        description="Train and test a model of recbole_holo or RecBole; every key of a config file is also a flag.",
+        epilog="Any setting can be given as --key=value, e.g. --epochs=20 --MAX_ITEM_LIST_LENGTH=200.",
+        allow_abbrev=False,
+    )
+    flags.add_argument("--model", "-m", default="HoloMambaRec", help="a model of recbole_holo or RecBole")
+    flags.add_argument("--dataset", "-d", default="ml-100k", help="a data set in RecBole's atomic files")
+    flags.add_argument("--config_files", default="", help='yaml files or presets: "a.yaml HoloMambaRec_paper"')
+    flags.add_argument("--search_space", default=None, help="yaml of a search space: tune instead of train")
+    flags.add_argument("--search_algo", default="exhaustive", help="exhaustive, random or bayes")
+    flags.add_argument(
+        "--max_evals", type=int, default=None, help="trials at most; by default all of an exhaustive search"
+    )
+    flags.add_argument("--nproc", type=int, default=1, help="processes on this machine")
+    flags.add_argument("--world_size", type=int, default=-1, help="processes on all machines")
+    flags.add_argument("--ip", default="localhost", help="address of the first machine")
+    flags.add_argument("--port", default="5678", help="port of the first machine")
+    flags.add_argument("--group_offset", type=int, default=0, help="rank of this machine's first process")
+    return flags
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, or 2 for settings or data that cannot be used."""
+    args, settings = parser().parse_known_args(argv)
+    files = args.config_files.split()
+    try:
+        if args.search_space:
+            from recbole_holo.tuning import tune
+
+            tune(
+                args.model,
+                args.dataset,
+                args.search_space,
+                config_file_list=files,
+                config_dict=_as_dict(settings),
+                algo=args.search_algo,
+                max_evals=args.max_evals,
+            )
+        else:
+            from recbole_holo.quick_start import run
+
+            run(
+                args.model,
+                args.dataset,
+                files,
+                nproc=args.nproc,
+                world_size=args.world_size,
+                ip=args.ip,
+                port=args.port,
+                group_offset=args.group_offset,
+                argv=settings,
+            )
+    except (ConfigError, DataError, CheckpointError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _as_dict(words: Sequence[str]) -> dict[str, str]:
+    return dict(word[2:].split("=", 1) for word in words if word.startswith("--") and "=" in word)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Item attributes as index tables, read through RecBole's own loading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from recbole.utils.enum_type import FeatureType
+from torch import Tensor
+
+from recbole_holo.bridge.errors import DataError, nearest_names
+
+if TYPE_CHECKING:
+    from recbole.data.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class ItemAttribute:
+    """One attribute of all items.
+
+    Args:
+        name: the field's name in the ``.item`` file.
+        index: value ids by item id, ``[n_items]``, or ``[n_items, K]`` for an attribute with several values; long.
+            0 is the pad, the value of item 0 and of items without a value.
+        n_values: number of value ids, the pad included.
+        labels: readable name of each value id, ``labels[0] == "[PAD]"``.
+    """
+
+    name: str
+    index: Tensor
+    n_values: int
+    labels: list[str]
+
+
+def item_attribute(dataset: Dataset, name: str, buckets: int = 10) -> ItemAttribute:
+    """Reads one attribute from a built data set.
+
+    Tokens keep RecBole's ids; floats become the number, from 1, of their quantile bucket among the items that have a
+    value (equal values share a bucket, so there may be fewer than ``buckets``).
+
+    Raises:
+        DataError: no ``.item`` file, no such column, or a type that has no index (float_seq).
+    """
+    feat = dataset.item_feat
+    if feat is None:
+        raise DataError(
+            f"item_attributes: [{name}] needs the file {dataset.dataset_name}.item in {dataset.dataset_path}, "
+            "which was not found. Add the file, or set item_attributes to [] to train without attributes."
+        )
+    if name not in feat:
+        columns = [c for c in feat if c != dataset.iid_field]
+        close = nearest_names(name, columns)
+        raise DataError(
+            f"item_attributes: {dataset.dataset_name}.item has no column {name!r}"
+            + (f"; did you mean {' or '.join(close)}?" if close else "")
+            + f" Loaded columns: {', '.join(columns) or 'none'}."
+        )
+    ftype = dataset.field2type[name]
+    if ftype in (FeatureType.TOKEN, FeatureType.TOKEN_SEQ):
+        labels = [str(label) for label in dataset.field2id_token[name]]
+        return ItemAttribute(name, feat[name].long(), len(labels), labels)
+    if ftype is FeatureType.FLOAT:
+        missing = dataset.missing_values.get(name)
+        return _bucketed(name, feat[name], missing, buckets)
+    raise DataError(f"item_attributes: {name!r} is of type {ftype.value}; token, token_seq and float can be used.")
+
+
+def _bucketed(name: str, values: Tensor, missing: np.ndarray | None, buckets: int) -> ItemAttribute:
+    value = values.reshape(len(values), -1)[:, 0].double().numpy()
+    known = np.ones(len(value), dtype=bool) if missing is None else ~missing
+    known[0] = False  # the pad
+    if not known.any():
+        raise DataError(f"item_attributes: no item has a value of {name!r}; drop it from the list.")
+    edges = np.unique(np.quantile(value[known], np.linspace(0, 1, buckets + 1)[1:-1]))
+    bucket = np.searchsorted(edges, value, side="right") + 1
+    index = torch.from_numpy(np.where(known, bucket, 0)).long()
+    bounds = ["-inf", *(f"{e:g}" for e in edges), "inf"]
+    labels = ["[PAD]", *(f"{name} in [{lo}, {hi})" for lo, hi in pairwise(bounds))]
+    return ItemAttribute(name, index, len(labels), labels)

@@ -1,0 +1,134 @@
+"""From a configuration to data sets and loaders, for this package's models and RecBole's alike."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.data.dataloader import AbstractDataLoader, FullSortEvalDataLoader, NegSampleEvalDataLoader
+from recbole.data.interaction import Interaction
+from recbole.data.utils import create_samplers, get_dataloader, load_split_dataloaders, save_split_dataloaders
+from recbole.data.utils import data_preparation as recbole_data_preparation
+from recbole.utils import ModelType
+from recbole.utils.argument_list import dataset_arguments
+
+from recbole_holo.bridge import registry
+from recbole_holo.bridge.errors import ConfigError, DataError
+from recbole_holo.training import distributed
+from recbole_holo.training.distributed import ShardedTrainDataLoader
+
+
+def create_dataset(config) -> Any:
+    """The filtered, remapped data set of ``config``; its class follows from the model (see ``bridge.registry``).
+
+    ``dataset_save_path`` names a data set saved before with ``save_dataset`` (a pickle: load only your own), used when
+    it was made with the same settings.
+    """
+    dataset_class = registry.get_dataset_class(config)
+    saved = config["dataset_save_path"]
+    if saved and os.path.exists(saved):
+        with open(saved, "rb") as file:
+            dataset = pickle.load(file)
+        if all(config[key] == dataset.config[key] for key in [*dataset_arguments, "seed", "repeatable"]):
+            return dataset
+    dataset = dataset_class(config)
+    if config["save_dataset"]:
+        dataset.save()
+    return dataset
+
+
+def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataLoader, AbstractDataLoader]:
+    """Splits ``dataset`` by ``eval_args`` and returns the training, validation and test loaders.
+
+    As RecBole's function of that name, with three differences: in uniN/popN modes this package's models get loaders
+    that hold each history once; evaluation batches are cut so that rows × items stays below ``eval_max_elements``; and
+    a split without rows is ``None`` for validation (RecBole's trainer then skips it), an error for training and test.
+    """
+    if config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
+        return recbole_data_preparation(config, dataset)
+    saved = load_split_dataloaders(config)
+    if saved is not None:
+        dataset._change_feat_format()
+        return saved
+
+    splits = dict(zip(("train", "valid", "test"), dataset.build(), strict=True))
+    for phase in ("train", "test"):
+        if len(splits[phase]) == 0:
+            raise DataError(
+                f"eval_args: the split {config['eval_args']['split']} leaves no {phase} interaction in "
+                f"{dataset.dataset_name!r} ({len(dataset):,} in all); histories are too short or the ratios too small."
+            )
+    n_items = dataset.item_num - 1
+    for k in config["topk"]:
+        if k > n_items:
+            raise ConfigError("topk", k, f"{dataset.dataset_name!r} has {n_items:,} items after filtering; use fewer")
+    samplers = dict(zip(splits, create_samplers(config, dataset, list(splits.values())), strict=True))
+    loaders: list[Any] = []
+    for phase, split in splits.items():
+        loader_class = get_dataloader(config, phase)
+        if phase == "train":
+            if not config["single_spec"]:
+                loader_class = ShardedTrainDataLoader
+            loaders.append(loader_class(_local(config), split, samplers[phase], shuffle=config["shuffle"]))
+        else:
+            loaders.append(_eval_loader(config, loader_class, split, samplers[phase]) if len(split) else None)
+    if config["save_dataloaders"]:
+        save_split_dataloaders(config, dataloaders=loaders)
+    train, valid, test = loaders
+    return train, valid, test
+
+
+def _eval_loader(config, loader_class: type, split, sampler) -> AbstractDataLoader:
+    if loader_class is NegSampleEvalDataLoader and registry.is_ours(config["model"]):
+        loader_class = CandidateEvalDataLoader
+    rows_are_independent = loader_class is FullSortEvalDataLoader and config["MODEL_TYPE"] == ModelType.SEQUENTIAL
+    settings = {}
+    if rows_are_independent and config["eval_max_elements"]:
+        # RecBole scores eval_batch_size sequences against all items at once, whatever the catalogue.
+        settings["eval_batch_size"] = min(
+            config["eval_batch_size"], max(config["eval_max_elements"] // split.item_num, 1)
+        )
+    sharded = rows_are_independent and len(split) >= distributed.world()[1] > 1
+    loader = loader_class(_local(config, **settings), distributed.shard(split) if sharded else split, sampler)
+    loader.is_sharded = sharded
+    return loader
+
+
+def _local(config, **settings: Any) -> Any:
+    """``config`` with other settings, as one process sees it (RecBole's own sharding pads, so it is not used)."""
+    local = copy.copy(config)
+    local.final_config_dict = {**config.final_config_dict, "single_spec": True, **settings}
+    return local
+
+
+class CandidateEvalDataLoader(NegSampleEvalDataLoader):
+    """uniN/popN evaluation that holds each history once.
+
+    RecBole repeats a history for the target and each of its N negatives, and encodes it N + 1 times. Here a batch is
+    ``(histories, (row, item), positive_u, positive_i)``: ``row[j]`` is the history that candidate ``item[j]`` belongs
+    to (RecBole's own order, from RecBole's own sampler).
+    """
+
+    def collate_fn(self, index: Any) -> tuple[Interaction, tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
+        users = self.uid_list[np.array(index)]
+        events = [np.arange(self.uid2index[user].start, self.uid2index[user].stop) for user in users]
+        histories = self.transform(self._dataset, self._dataset[np.concatenate(events)])
+        user_rows, rows, candidates = [], [], []
+        first = 0
+        for user_row, event in enumerate(events):
+            targets = {
+                field: self._dataset.inter_feat[field][torch.from_numpy(event)]
+                for field in (self.uid_field, self.iid_field)
+            }
+            sampled = self._neg_sampling(Interaction(targets))  # the targets, then their negatives
+            candidates.append(sampled[self.iid_field])
+            rows.append(torch.arange(first, first + len(event)).repeat(self.times))
+            user_rows.append(torch.full((len(sampled),), user_row))
+            first += len(event)
+        positive_u = torch.arange(len(events)).repeat_interleave(torch.tensor([len(event) for event in events]))
+        positive_i = histories[self.iid_field]
+        return histories, (torch.cat(user_rows), torch.cat(rows), torch.cat(candidates)), positive_u, positive_i

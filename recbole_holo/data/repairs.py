@@ -1,0 +1,158 @@
+"""RecBole's data pipeline without its silent faults, for every model that is run through this package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from recbole.data.dataset import Dataset
+from recbole.data.interaction import Interaction
+from recbole.utils import ModelType
+from recbole.utils.enum_type import FeatureSource, FeatureType
+from recbole.utils.url import decide_download, download_url, extract_zip, rename_atomic_files
+
+from recbole_holo.bridge.errors import DataError, nearest_names
+
+
+class RepairedDataset(Dataset):
+    """Mixed in before one of RecBole's data set classes. What it mends, and what happens without it:
+
+    * **Time order.** RecBole turns timestamps into float32 before sorting; Unix seconds of today then have a grid of
+      128 s, so that events less than two minutes apart keep the order of the file: histories are shuffled and the
+      "last" item is not the last. Here rows are sorted by float64 time first; RecBole's later sorts are stable.
+    * **Pad row.** The pad item (and user) gets the column mean as its float attributes; here it gets zero.
+    * **Dropped interactions.** Loading a ``.item`` or ``.user`` file silently drops interactions whose item or user it
+      lacks; here the number is reported.
+    * **Missing values** of float attributes become the mean and look like data; here ``missing_values`` remembers them.
+    * **Errors** for absent files, columns and empty results say which, and what to do. A download that fails leaves
+      nothing behind, and a single process can finish one (RecBole waits for a process group that does not exist).
+    """
+
+    inter_feat: Any
+    missing_values: dict[str, np.ndarray]
+
+    # ------------------------------------------------------------------ loading
+    def _load_data(self, token: str, dataset_path: str) -> None:
+        suffixes = [f".{name}" for name in self.config["benchmark_filename"] or []] or [""]
+        for suffix in suffixes if os.path.isdir(dataset_path) else []:
+            inter = os.path.join(dataset_path, f"{token}{suffix}.inter")
+            if not os.path.isfile(inter):
+                there = ", ".join(sorted(os.listdir(dataset_path))) or "nothing"
+                raise DataError(f"dataset: {token!r} needs the file {inter}, which is not there (found: {there}).")
+        super()._load_data(token, dataset_path)
+
+    def _download(self) -> None:
+        if self.config["local_rank"] == 0:
+            self._download_files()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+
+    def _download_files(self) -> None:
+        name, target = self.dataset_name, os.path.abspath(self.dataset_path)
+        where = f"Put {name}.inter (and, for attributes, {name}.item) into {target}/"
+        url = self._get_download_url("url", allow_none=True)
+        if url is None:
+            known = yaml.safe_load(files("recbole").joinpath("properties/dataset/url.yaml").read_text("utf-8"))
+            close = nearest_names(name, [*known, "ml-100k"])
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            raise DataError(f"dataset: {name!r} is not on disk, and RecBole knows no download of it; {hint}{where}")
+
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        half_done = tempfile.mkdtemp(prefix=f".{name}-", dir=os.path.dirname(target))
+        try:
+            if not decide_download(url):
+                raise DataError(f"dataset: the download of {name!r} was declined. {where}")
+            archive = download_url(url, half_done)
+            extract_zip(archive, half_done)
+            os.unlink(archive)
+            rename_atomic_files(half_done, os.path.splitext(os.path.basename(archive))[0], name)
+            os.rename(half_done, target)
+        except OSError as error:  # URLError among them
+            raise DataError(f"dataset: {name!r} could not be downloaded ({error}). {where}") from error
+        finally:
+            shutil.rmtree(half_done, ignore_errors=True)
+
+    def _load_feat(self, filepath: str, source: FeatureSource | str) -> pd.DataFrame | None:
+        feat = super()._load_feat(filepath, source)
+        wanted, _ = self._get_load_and_unload_col(source)
+        if feat is None or wanted is None:
+            return feat
+        with open(filepath, encoding=self.config["encoding"]) as file:
+            header = [
+                column.split(":")[0] for column in file.readline().rstrip("\n").split(self.config["field_separator"])
+            ]
+        needed = {self.uid_field, self.iid_field, self.time_field, *(self.config["item_attributes"] or [])}
+        for column in sorted(wanted - set(feat.columns)):
+            close = nearest_names(column, header)
+            message = (
+                f"load_col: {os.path.basename(filepath)} has no column {column!r}; "
+                + (f"did you mean {' or '.join(close)}? " if close else "")
+                + f"its columns are {', '.join(header)}."
+            )
+            if column in needed:
+                raise DataError(message)
+            self.logger.warning(message)
+        return feat
+
+    # ------------------------------------------------------------------ filtering
+    def _filter_inter_by_user_or_item(self) -> None:
+        if self.config["filter_inter_by_user_or_item"] is True:
+            for feat, field, suffix in (
+                (self.item_feat, self.iid_field, "item"),
+                (self.user_feat, self.uid_field, "user"),
+            ):
+                if feat is None:
+                    continue
+                unlisted = self.inter_feat.loc[~self.inter_feat[field].isin(feat[field]), field]
+                if len(unlisted):
+                    self.logger.warning(
+                        f"{len(unlisted):,} of {len(self.inter_feat):,} interactions are dropped because "
+                        f"{self.dataset_name}.{suffix} lacks {unlisted.nunique():,} of their {field}s (e.g. "
+                        f"{unlisted.iloc[0]!r}). Set filter_inter_by_user_or_item: False to keep them."
+                    )
+        super()._filter_inter_by_user_or_item()
+
+    def _reset_index(self) -> None:
+        if self.inter_feat.empty:
+            filters = ("user_inter_num_interval", "item_inter_num_interval", "val_interval", "rm_dup_inter")
+            used = ", ".join(f"{key}: {self.config[key]}" for key in filters if self.config[key])
+            raise DataError(
+                f"dataset: no interaction of {self.dataset_name!r} is left after filtering "
+                f"({used or 'no filter set'}); widen the intervals."
+            )
+        super()._reset_index()
+
+    # ------------------------------------------------------------------ values
+    def _fill_nan(self) -> None:
+        feats = [feat for feat in (self.item_feat, self.user_feat) if feat is not None]
+        self.missing_values = {
+            field: feat[field].isna().to_numpy()
+            for feat in feats
+            for field in feat
+            if self.field2type[field] is FeatureType.FLOAT
+        }
+        super()._fill_nan()
+
+    def _change_feat_format(self) -> None:
+        if self.config["eval_args"]["order"] == "TO" and self.config["benchmark_filename"] is None:
+            if self.time_field not in self.inter_feat:
+                raise DataError(
+                    f"TIME_FIELD: {self.dataset_name}.inter was loaded without a column {self.time_field!r}; name the "
+                    f"time column (loaded: {', '.join(self.inter_feat)}) and list it in load_col."
+                )
+            by = [self.time_field]
+            if self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
+                by = [self.uid_field, self.time_field]
+            order = np.lexsort([self.inter_feat[field].to_numpy() for field in reversed(by)])  # stable, float64
+            self.inter_feat = self.inter_feat.iloc[order].reset_index(drop=True)
+        super()._change_feat_format()
+        for feat in (self.item_feat, self.user_feat):
+            for values in feat.interaction.values() if isinstance(feat, Interaction) else ():
+                values[0] = 0

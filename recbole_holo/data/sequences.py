@@ -1,0 +1,267 @@
+"""Sequences held once: every event a single time in memory, rows gathered for each batch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+from recbole.data.dataset import SequentialDataset
+from recbole.data.interaction import Interaction
+from recbole.utils.enum_type import FeatureSource, FeatureType
+from scipy.sparse import spmatrix
+from torch import Tensor
+
+from recbole_holo.bridge.errors import ConfigError, DataError, nearest
+from recbole_holo.data import TARGETS_SUFFIX
+from recbole_holo.data.attributes import ItemAttribute, item_attribute
+from recbole_holo.data.repairs import RepairedDataset
+
+HISTORY_START = "_history_start"  # row of a history's first event among all events
+TARGETS_FROM = "_targets_from"  # row of the first event that is a target of a training window
+
+
+class PrefixDataset(RepairedDataset, SequentialDataset):
+    """RecBole's sequential data set, one row a prefix, in memory linear in the number of events.
+
+    RecBole copies every prefix into a padded row: ML-1M at length 200 takes 1.5 GiB per field. Here a row is two
+    numbers, where its history starts and how long it is, and the padded lists are gathered when a batch is asked for.
+    Rows, splits, samplers and batches equal RecBole's, value for value.
+    """
+
+    _events: Interaction
+
+    def data_augmentation(self) -> None:
+        """One row for every event but a user's first: its target is that event, its history the (at most
+        MAX_ITEM_LIST_LENGTH) events before it."""
+        self._aug_presets()
+        self._check_field("uid_field", "time_field")
+        self.sort(by=[self.uid_field, self.time_field], ascending=True)
+        users = self.inter_feat[self.uid_field].numpy()
+        is_first = np.r_[True, users[1:] != users[:-1]]
+        first_of_user = np.maximum.accumulate(np.where(is_first, np.arange(len(users)), 0))
+        target = np.flatnonzero(~is_first)
+        if len(target) == 0:
+            raise DataError(
+                f"dataset: every user of {self.dataset_name!r} has a single event, so there is nothing to predict; "
+                "check USER_ID_FIELD and the filters."
+            )
+        start = np.maximum(first_of_user[target], target - self.max_item_list_len)
+
+        self._events = self.inter_feat
+        self._list_fields = [field for field in self._events if field != self.uid_field]
+        rows = {field: values[torch.from_numpy(target)] for field, values in self._events.interaction.items()}
+        rows[self.item_list_length_field] = torch.from_numpy(target - start)
+        rows[HISTORY_START] = torch.from_numpy(start)
+        self.inter_feat = Interaction(rows)
+        self.set_field_property(HISTORY_START, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether rows are gathered from events; with benchmark files they are as the files give them."""
+        return "_events" in self.__dict__
+
+    def __getitem__(self, index: Any, join: bool = True) -> Interaction:
+        if not self.is_augmented or isinstance(index, str):
+            return super().__getitem__(index, join)
+        rows = self._rows(index)
+        positions, valid = self._positions(rows)
+        for field in self._list_fields:
+            values = self._events[field][positions]
+            mask = valid.view(valid.shape + (1,) * (values.dim() - 2))
+            rows[getattr(self, f"{field}_list_field")] = torch.where(mask, values, torch.zeros((), dtype=values.dtype))
+        del rows[HISTORY_START]
+        return self.join(rows) if join else rows
+
+    def _rows(self, index: Any) -> Interaction:
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index)
+        return Interaction({field: values[index] for field, values in self.inter_feat.interaction.items()})
+
+    def _positions(self, rows: Interaction) -> tuple[Tensor, Tensor]:
+        """Event numbers ``[B, L]`` of the histories, and which of them are not padding."""
+        step = torch.arange(self._padded_length(rows))
+        valid = step < rows[self.item_list_length_field].unsqueeze(-1)
+        return torch.where(valid, rows[HISTORY_START].unsqueeze(-1) + step, 0), valid
+
+    def _padded_length(self, rows: Interaction) -> int:
+        return self.max_item_list_len
+
+    def inter_matrix(self, form: str = "coo", value_field: str | None = None) -> spmatrix:
+        if not self.is_augmented:
+            return super().inter_matrix(form, value_field)
+        # The events that are no row's target: the first of each user, which precedes a history of length one.
+        first = self.inter_feat[HISTORY_START][self.inter_feat[self.item_list_length_field] == 1]
+        events = {
+            field: torch.cat([self.inter_feat[field], values[first]])
+            for field, values in self._events.interaction.items()
+        }
+        return self._create_sparse_matrix(Interaction(events), self.uid_field, self.iid_field, form, value_field)
+
+
+class SequenceDataset(PrefixDataset):
+    """Whole sequences for training: one row a user (or window), a target at every position.
+
+    ``u: i1 i2 i3 i4`` with i4 held out becomes one training row::
+
+        item_id_list    i1 i2 0 …
+        item_id_target  i2 i3 0 …      0 = not a training target
+
+    which holds the same (history, target) pairs as RecBole's rows ``i1 → i2`` and ``i1 i2 → i3``. Validation and test
+    rows are RecBole's. The splits are RecBole's own, computed on its rows, so no validation or test item can be a
+    training target.
+
+    Users longer than MAX_ITEM_LIST_LENGTH (L): ``train_windows: all`` covers every training event as a target exactly
+    once, in windows of L inputs that start ``window_stride`` apart (so that a target has at least L - stride events
+    before it, where the user has them); ``last`` keeps the last window only.
+
+    Nothing of the *target's* attributes is joined into a batch: they would tell the model what to predict.
+
+    Attributes:
+        item_attributes: the fields of ``item_attributes:`` by name; see :class:`ItemAttribute`.
+    """
+
+    item_feat: Any
+    item_attributes: dict[str, ItemAttribute]
+    _is_target: Tensor | None = None
+
+    def __init__(self, config) -> None:
+        _check(config)
+        super().__init__(config)
+
+    def build(self) -> list[SequenceDataset]:
+        datasets = super().build()
+        names, buckets = self.config["item_attributes"] or [], self.config["attribute_buckets"]
+        attributes = {name: item_attribute(self, name, buckets) for name in names}
+        for dataset in datasets:
+            dataset.item_attributes = attributes
+        if self.config["train_on"] == "sequences" and self.is_augmented:
+            datasets[0] = datasets[0].whole_sequences()
+        return datasets
+
+    def _data_filtering(self) -> None:
+        super()._data_filtering()
+        if self.item_feat is None or self.config["keep_unseen_items"]:
+            return
+        seen = self.item_feat[self.iid_field].isin(self.inter_feat[self.iid_field])
+        if not seen.all():
+            self.logger.info(
+                f"{(~seen).sum():,} items of {self.dataset_name}.item never occur in an interaction and are left out "
+                "of the catalogue; keep_unseen_items: True keeps them."
+            )
+            self.item_feat = self.item_feat[seen].reset_index(drop=True)
+
+    def whole_sequences(self) -> SequenceDataset:
+        """This split's rows (one a prefix) as one row a window, with the same targets."""
+        rows = self.inter_feat
+        target = (rows[HISTORY_START] + rows[self.item_list_length_field]).numpy()
+        is_target = torch.zeros(len(self._events), dtype=torch.bool)
+        is_target[target] = True
+
+        stride = self.config["window_stride"] or max(self.max_item_list_len // 2, 1)
+        if self.config["train_windows"] == "last":
+            stride = None
+        users = self._events[self.uid_field].numpy()
+        start, end, first_target = training_windows(users, np.sort(target), self.max_item_list_len, stride)
+
+        windows = {field: values[torch.from_numpy(end)] for field, values in self._events.interaction.items()}
+        windows[self.item_list_length_field] = torch.from_numpy(end - start)
+        windows[HISTORY_START] = torch.from_numpy(start)
+        windows[TARGETS_FROM] = torch.from_numpy(first_target)
+        sequences = self.copy(Interaction(windows))
+        sequences._is_target = is_target
+        return sequences
+
+    def copy(self, new_inter_feat: Interaction) -> SequenceDataset:
+        split = copy.copy(self)
+        split.inter_feat = new_inter_feat
+        return split
+
+    def __getitem__(self, index: Any, join: bool = True) -> Interaction:
+        if not self.is_augmented or isinstance(index, str):
+            return super().__getitem__(index, join)
+        rows = self._rows(index)
+        positions, valid = self._positions(rows)
+        items = self._events[self.iid_field]
+        rows[self.item_id_list_field] = torch.where(valid, items[positions], 0)
+        if self._is_target is not None:
+            following = torch.where(valid, positions + 1, 0)
+            owned = valid & (following >= rows[TARGETS_FROM].unsqueeze(-1)) & self._is_target[following]
+            rows[self.iid_field + TARGETS_SUFFIX] = torch.where(owned, items[following], 0)
+            del rows[TARGETS_FROM]
+        del rows[HISTORY_START]
+        return self.join(rows) if join else rows
+
+    def _padded_length(self, rows: Interaction) -> int:
+        if self.config["pad_to"] == "max":
+            return self.max_item_list_len
+        return max(int(rows[self.item_list_length_field].max()), 1)
+
+    def join(self, df: Interaction) -> Interaction:
+        return df
+
+    def inter_matrix(self, form: str = "coo", value_field: str | None = None) -> spmatrix:
+        if self._is_target is None:
+            return super().inter_matrix(form, value_field)
+        # The first event of a user is no target, but it is known: the inputs and targets of the split together.
+        known = self._is_target.clone()
+        users = self._events[self.uid_field]
+        first = torch.cat([torch.ones(1, dtype=torch.bool), users[1:] != users[:-1]])
+        following = torch.cat([known[1:], torch.zeros(1, dtype=torch.bool)])
+        known |= first & following
+        events = Interaction({field: values[known] for field, values in self._events.interaction.items()})
+        return self._create_sparse_matrix(events, self.uid_field, self.iid_field, form, value_field)
+
+
+def training_windows(
+    users: np.ndarray, target: np.ndarray, max_len: int, stride: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Windows over each user's events that make every target a target once.
+
+    Args:
+        users: user of each event ``[n_events]``, each user's events together and in time order.
+        target: event numbers of the targets, ascending.
+        max_len: inputs of a window, at most.
+        stride: new targets of each further window (from the last backwards); None = only the last window of a user.
+
+    Returns:
+        start, end, first_target: a window reads events ``start..end-1``; event ``t+1`` is a target after event ``t``
+        when it is a target at all and ``t+1 >= first_target``. Users in order, windows of a user from last to first.
+    """
+    is_first = np.r_[True, users[1:] != users[:-1]]
+    first_of_user = np.maximum.accumulate(np.where(is_first, np.arange(len(users)), 0))[target]
+    last_of_group = np.r_[first_of_user[1:] != first_of_user[:-1], True]
+    windows: list[tuple[int, int, int]] = []
+    for first, end in zip(first_of_user[last_of_group].tolist(), target[last_of_group].tolist(), strict=True):
+        while True:
+            start = max(first, end - max_len)
+            if start == first or stride is None:
+                windows.append((start, end, start + 1))
+                break
+            windows.append((start, end, end - stride + 1))
+            end -= stride
+    start, end, first_target = np.array(windows, dtype=np.int64).reshape(-1, 3).T
+    return start, end, first_target
+
+
+def _check(config) -> None:
+    for field, allowed in (
+        ("train_on", ("sequences", "prefixes")),
+        ("train_windows", ("all", "last")),
+        ("pad_to", ("batch", "max")),
+    ):
+        if config[field] not in allowed:
+            raise ConfigError(field, config[field], nearest(config[field], allowed))
+    length, stride = config["MAX_ITEM_LIST_LENGTH"], config["window_stride"]
+    if not (isinstance(length, int) and length >= 1):
+        raise ConfigError("MAX_ITEM_LIST_LENGTH", length, "use a whole number of at least 1")
+    if stride is not None and not (isinstance(stride, int) and 1 <= stride <= length):
+        raise ConfigError(
+            "window_stride", stride, f"use a whole number from 1 to MAX_ITEM_LIST_LENGTH ({length}), or ~"
+        )
+    attributes = config["item_attributes"] or []
+    if not (isinstance(attributes, list) and all(isinstance(name, str) for name in attributes)):
+        raise ConfigError(
+            "item_attributes", attributes, "use a list of column names of the .item file, such as [genre]"
+        )

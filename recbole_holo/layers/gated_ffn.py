@@ -1,0 +1,52 @@
+"""Position-wise feed-forward layers: the gated one of Hydra, and the plain one of the Transformer-like models."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SwiGLU(nn.Module):
+    """``W_down(SiLU(W_gate x) ⊙ W_up x)`` without biases (Shazeer, arXiv 2002.05202).
+
+    Args:
+        d: width of input and output.
+        inner: width between the projections.
+        dropout: on the output.
+    """
+
+    def __init__(self, d: int, inner: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d, inner, bias=False)
+        self.up = nn.Linear(d, inner, bias=False)
+        self.down = nn.Linear(inner, d, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., d]`` → ``[..., d]``."""
+        return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
+
+
+class FeedForward(nn.Module):
+    """``Dropout(W_2 Dropout(GELU(W_1 x)))`` with biases.
+
+    Args:
+        d: width of input and output.
+        inner: width between the projections.
+        dropout: after the activation and on the output.
+        std: draw the weights from N(0, std²) and start the biases at zero; None keeps PyTorch's initialisation.
+    """
+
+    def __init__(self, d: int, inner: int, dropout: float = 0.0, std: float | None = None) -> None:
+        super().__init__()
+        self.w_1 = nn.Linear(d, inner)
+        self.w_2 = nn.Linear(inner, d)
+        self.dropout = nn.Dropout(dropout)
+        if std is not None:
+            for linear in (self.w_1, self.w_2):
+                nn.init.normal_(linear.weight, std=std)
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., d]`` → ``[..., d]``."""
+        return self.dropout(self.w_2(self.dropout(F.gelu(self.w_1(x)))))

@@ -1,0 +1,1 @@
+"""The models, one file each; each file reads like the method section of its paper."""

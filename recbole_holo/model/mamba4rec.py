@@ -1,0 +1,72 @@
+"""Mamba4Rec: the published Mamba recommender that this package measures against (arXiv 2403.03900)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from recbole_holo.layers import Mamba
+from recbole_holo.layers.gated_ffn import FeedForward
+from recbole_holo.model.base import SequenceRecommender, item_table, positive_int, positive_number, probability
+
+
+class Mamba4Rec(SequenceRecommender):
+    r"""``H = LayerNorm(Dropout(E[ids]))``, then Mamba layers with post-norm feed-forward, then a tied dot product.
+
+    Structure, sizes and norms are those of the published code. It then draws every Linear and Embedding weight from
+    N(0, 0.02²) and zeroes every Linear bias, the Δ bias of the Mamba block included. Here ``initializer_range`` does
+    that for the item embedding and the feed-forward, and ``ssm_init`` says what becomes of the Mamba block: ``recbole``
+    as published, ``official`` as mamba-ssm means it. One difference is kept: the pad row of the embedding stays zero.
+
+    Config keys: ``hidden_size``, ``num_layers``, ``d_state``, ``d_conv``, ``expand``, ``ssm_init``, ``dropout_prob``,
+    ``initializer_range``.
+    """
+
+    def __init__(self, config, dataset) -> None:
+        super().__init__(config, dataset)
+        d = positive_int("hidden_size", config["hidden_size"])
+
+        self.item_embedding = item_table(
+            self.n_items, d, positive_number("initializer_range", config["initializer_range"])
+        )
+        self.dropout = nn.Dropout(probability("dropout_prob", config["dropout_prob"]))
+        self.norm = nn.LayerNorm(d, eps=1e-12)
+        self.layers = nn.ModuleList(
+            Mamba4RecLayer(config) for _ in range(positive_int("num_layers", config["num_layers"]))
+        )
+
+    def encode(self, item_seq: Tensor) -> Tensor:
+        h = self.norm(self.dropout(self.item_embedding(item_seq)))  # [B, L, d]
+        for layer in self.layers:
+            h = layer(h)
+        return h
+
+    def item_vectors(self) -> Tensor:
+        return self.item_embedding.weight
+
+
+class Mamba4RecLayer(nn.Module):
+    """``h = LayerNorm(Dropout(Mamba(x)) [+ x])``, then ``LayerNorm(FFN(h) + h)``.
+
+    The first residual is there in a stack of several layers only, as in the paper.
+    """
+
+    def __init__(self, config) -> None:
+        super().__init__()
+        d = config["hidden_size"]
+        self.residual = config["num_layers"] > 1
+        self.mamba = Mamba(
+            d,
+            d_state=config["d_state"],
+            d_conv=config["d_conv"],
+            expand=config["expand"],
+            ssm_init=config["ssm_init"],
+        )
+        self.dropout = nn.Dropout(config["dropout_prob"])
+        self.mamba_norm = nn.LayerNorm(d, eps=1e-12)
+        self.ffn = FeedForward(d, 4 * d, config["dropout_prob"], std=config["initializer_range"])
+        self.ffn_norm = nn.LayerNorm(d, eps=1e-12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.dropout(self.mamba(x))  # [B, L, d]
+        h = self.mamba_norm(h + x if self.residual else h)
+        return self.ffn_norm(self.ffn(h) + h)

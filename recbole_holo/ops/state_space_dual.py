@@ -1,0 +1,199 @@
+"""The state space of Mamba-2 in its dual, matrix-product form (Dao and Gu, arXiv 2405.21060)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.ops import backend
+
+
+def state_space_dual(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    chunk_size: int = 64,
+) -> Tensor:
+    r"""The selective scan with one decay a head, so that it can be written in matrix products.
+
+    ``Δ_t = softplus(dt_t + dt_bias)``, ``h_t = exp(Δ_t A) h_{t-1} + Δ_t x_t B_tᵀ``, ``y_t = h_t C_t + D x_t`` for each
+    of H heads of width P, with h_{-1} = 0. The H/G heads of a group share B and C. Causal.
+
+    Args:
+        x: ``[batch, L, H, P]``.
+        dt: ``[batch, L, H]``.
+        A: ``[H]``, negative.
+        B, C: ``[batch, L, G, N]``, G a divisor of H.
+        D: ``[H]``, the skip; left out if None.
+        dt_bias: ``[H]``; left out if None.
+        dt_softplus: apply softplus to ``dt + dt_bias``.
+        chunk_size: steps multiplied out at once; changes speed and rounding only. 64 suits lengths up to 256.
+
+    Returns:
+        ``[batch, L, H, P]`` in the type of ``x``. Computed in float32 (float64 inputs: float64).
+
+    Raises:
+        ConfigError: the groups do not divide the heads.
+    """
+    heads, groups = x.shape[2], B.shape[2]
+    if heads % groups:
+        raise ConfigError("ngroups", groups, f"it must divide the number of heads, {heads}")
+    implementation = backend.choose("state_space_dual", x)
+    if implementation == "mamba-ssm":
+        return _state_space_dual_cuda(x, dt, A, B, C, D, dt_bias, dt_softplus, chunk_size)
+    if implementation == "torch":
+        return _state_space_dual_products(x, dt, A, B, C, D, dt_bias, dt_softplus, chunk_size)
+    return state_space_dual_reference(x, dt, A, B, C, D, dt_bias, dt_softplus)
+
+
+def state_space_dual_reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+) -> Tensor:
+    """:func:`state_space_dual` step by step, by plain operations, for any device and floating type."""
+    dtype, heads = x.dtype, x.shape[2]
+    with backend.without_autocast(x):
+        x, A, B, C = (backend.working(t) for t in (x, A, B, C))
+        dt = _step_sizes(dt, dt_bias, dt_softplus)
+        B, C = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))  # [batch, L, H, N]
+        h, outputs = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1]), []
+        # unbind, not indexing: the gradient of x[:, t] is a zero tensor as large as x for every t, quadratic in L.
+        steps = (t.unbind(1) for t in (torch.exp(dt * A), dt.unsqueeze(-1) * x, B, C))
+        for decay, x_t, b_t, c_t in zip(*steps, strict=True):
+            h = decay[..., None, None] * h + x_t.unsqueeze(-1) * b_t.unsqueeze(-2)  # [batch, H, P, N]
+            outputs.append(torch.matmul(h, c_t.unsqueeze(-1)).squeeze(-1))
+        return _add_skip(torch.stack(outputs, 1), x, D).to(dtype)
+
+
+def _state_space_dual_products(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    chunk_size: int,
+) -> Tensor:
+    """Chunks of equal length: inside one, a masked product like attention; between them, their last states.
+
+    Every group becomes a batch entry of its own, so B and C are never repeated over heads and the states of all heads
+    of a group come from one matrix product.
+    """
+    dtype = x.dtype
+    batch, length, heads, width = x.shape
+    groups, order = B.shape[2:]
+    shared = heads // groups
+    with backend.without_autocast(x):
+        x, A, B, C = (backend.working(t) for t in (x, A, B, C))
+        dt = _step_sizes(dt, dt_bias, dt_softplus)
+        chunks = -(-length // chunk_size)
+        size = -(-length // chunks)  # even chunks: 65 steps are 33 + 32, not 64 + 1 and 63 of padding
+        pad = chunks * size - length
+
+        def chunked(t: Tensor, *rest: int) -> Tensor:
+            """``[batch, L, G, ...]`` → ``[batch * G, chunks, size, ...]``, zeros at the end."""
+            t = t.reshape(batch, length, groups, -1).transpose(1, 2).reshape(batch * groups, length, -1)
+            return F.pad(t, (0, 0, 0, pad)).view(batch * groups, chunks, size, *rest)
+
+        inputs = chunked(x * dt.unsqueeze(-1), shared, width)
+        exponents = chunked(dt * A, shared)
+        b, c = chunked(B, order), chunked(C, order)
+
+        total = exponents.cumsum(2)  # [bg, c, q, h]
+        within = _Decay.apply(exponents.transpose(2, 3))  # [bg, c, h, q, q]
+        weights = within * (c @ b.transpose(-1, -2)).unsqueeze(2)
+        y = torch.matmul(weights, inputs.transpose(2, 3)).transpose(2, 3)  # [bg, c, q, h, p]
+        if chunks > 1:
+            to_end = torch.exp(total[:, :-1, -1:] - total[:, :-1]).unsqueeze(-1)
+            added = b[:, :-1].transpose(-1, -2) @ (inputs[:, :-1] * to_end).flatten(3)  # [bg, c-1, n, h·p]
+            added = added.view(*added.shape[:3], shared, width)
+            across = torch.exp(total[:, :, -1])[:, :, None, :, None]
+            state, states = added[:, 0], [added[:, 0]]
+            for i in range(1, chunks - 1):
+                state = torch.addcmul(added[:, i], across[:, i], state)
+                states.append(state)
+            carried = (c[:, 1:] @ torch.stack(states, 1).flatten(3)).view_as(inputs[:, 1:])
+            y = torch.cat([y[:, :1], y[:, 1:] + carried * torch.exp(total[:, 1:]).unsqueeze(-1)], 1)
+        y = y.reshape(batch, groups, chunks * size, shared, width)[:, :, :length].transpose(1, 2)
+        return _add_skip(y.reshape(batch, length, heads, width), x, D).to(dtype)
+
+
+class _Decay(torch.autograd.Function):
+    r"""``exponents [..., Q]`` (≤ 0) → ``[..., Q, Q]`` with ``exp(Σ_{j<k≤i} exponents_k)`` at (i, j), j ≤ i; else 0.
+
+    The sums are differences of one running sum. That is taken in float64: after one large step it is large, and in
+    float32 the small decays behind it would drown in its rounding.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, exponents: Tensor) -> Tensor:
+        total = exponents.double().cumsum(-1)
+        size = exponents.shape[-1]
+        decay = exponents.new_empty(*exponents.shape, size)
+        torch.sub(total.unsqueeze(-1), total.unsqueeze(-2), out=decay)
+        above = torch.full((size, size), -torch.inf, dtype=decay.dtype, device=decay.device).triu_(1)
+        decay.add_(above).exp_()
+        ctx.save_for_backward(decay)
+        return decay
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (decay,) = ctx.saved_tensors
+        gradient = gradient * decay
+        # exponent k is in the sum at (i, j) for j < k <= i: whatever reaches row k or later, less what starts there
+        total = gradient.sum(-1, dtype=torch.float64) - gradient.sum(-2, dtype=torch.float64)
+        return total.flip(-1).cumsum(-1).flip(-1).to(gradient.dtype)
+
+
+def _state_space_dual_cuda(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    chunk_size: int,
+) -> Tensor:
+    return backend.kernel("state_space_dual")(
+        x=x,
+        dt=dt,
+        A=A.float(),
+        B=B.to(x.dtype),
+        C=C.to(x.dtype),
+        chunk_size=chunk_size,
+        D=D,
+        dt_bias=dt_bias,
+        dt_softplus=dt_softplus,
+    )
+
+
+def _step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> Tensor:
+    dt = backend.working(dt)
+    if dt_bias is not None:
+        dt = dt + dt_bias
+    return F.softplus(dt) if dt_softplus else dt
+
+
+def _add_skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:
+    return y if D is None else y + D.unsqueeze(-1) * x

@@ -1,0 +1,207 @@
+"""RecBole's three doors, for this package's models and RecBole's alike: run, tune's objective, reload."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from logging import getLogger
+from typing import Any
+
+import torch
+from recbole.utils import init_logger, init_seed
+
+from recbole_holo.bridge import checkpoint, registry
+from recbole_holo.bridge.compat import quiet_recbole
+from recbole_holo.bridge.config import Config
+from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.data.loader import create_dataset, data_preparation
+from recbole_holo.ops import backend
+from recbole_holo.reporting import write_report
+
+Files = Sequence[str | os.PathLike[str]] | None
+
+
+def run(
+    model: str | None = None,
+    dataset: str | None = None,
+    config_file_list: Files = None,
+    config_dict: Mapping[str, Any] | None = None,
+    saved: bool = True,
+    nproc: int = 1,
+    world_size: int = -1,
+    ip: str = "localhost",
+    port: str | int = "5678",
+    group_offset: int = 0,
+    argv: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Trains ``model`` on ``dataset`` and evaluates it; RecBole's ``run`` with the same arguments.
+
+    With ``nproc`` above 1 the work is spread over processes of ``torch.distributed`` (nccl on GPUs, gloo on CPUs);
+    batches, gradients and metrics are those of a single process.
+
+    Args:
+        config_file_list: yaml files or preset names (``HoloMambaRec_paper``).
+        saved: keep checkpoints, and report the best epoch's test metrics; otherwise the last epoch's.
+        argv: command line words ``--key=value``, which win over everything else.
+
+    Returns:
+        ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result`` (RecBole's keys) and
+        ``report``: what the table at the end and the JSON file beside the checkpoint hold.
+    """
+    settings = dict(config_dict or {})
+    if nproc == 1 and world_size <= 1:
+        return _run(model, dataset, config_file_list, settings, saved, argv)
+    launch = {"nproc": nproc, "world_size": nproc if world_size == -1 else world_size}
+    settings.update(launch, ip=ip, port=str(port), offset=group_offset)
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    torch.multiprocessing.spawn(
+        _run_process, args=(model, dataset, config_file_list, settings, saved, list(argv), queue), nprocs=nproc
+    )
+    return queue.get() if not queue.empty() else {}
+
+
+def _run_process(rank, model, dataset, config_file_list, settings, saved, argv, queue) -> None:
+    result = _run(model, dataset, config_file_list, {**settings, "local_rank": rank}, saved, argv)
+    torch.distributed.destroy_process_group()
+    if rank == 0:
+        queue.put(result)
+
+
+@quiet_recbole()
+def _run(model, dataset, config_file_list, settings, saved, argv) -> dict[str, Any]:
+    config = Config(model, dataset, config_file_list, settings, argv)
+    _check_writable(config)
+    _start(config)
+    logger = getLogger()
+    logger.info(config)
+    data = create_dataset(config)
+    logger.info(data)
+    train_data, valid_data, test_data = data_preparation(config, data)
+    init_seed(config["seed"], config["reproducibility"])
+    net = _build_model(config, train_data)
+    logger.info(net)
+    trainer = _build_trainer(config, net)
+    if config["resume"]:
+        trainer.resume_checkpoint(config["resume"])
+    best_score, best_result = trainer.fit(
+        train_data, valid_data, saved=saved, show_progress=bool(config["show_progress"])
+    )
+    test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=bool(config["show_progress"]))
+    result = {
+        "best_valid_score": best_score,
+        "valid_score_bigger": config["valid_metric_bigger"],
+        "best_valid_result": best_result,
+        "test_result": test_result,
+    }
+    result["report"] = write_report(config, net, trainer, result, saved, _peak_memory(config))
+    return result
+
+
+@quiet_recbole()
+def objective_function(
+    config_dict: Mapping[str, Any] | None = None, config_file_list: Files = None, saved: bool = True
+) -> dict[str, Any]:
+    """What a tuner minimises or maximises: trains once with ``config_dict``, RecBole's signature and result.
+
+    Called from RecBole's own tuning script it reads the script's command line as RecBole's function does, but only
+    the words that are settings.
+    """
+    quiet = {**(config_dict or {}), "state": "ERROR"}
+    config = Config(config_file_list=config_file_list, config_dict=quiet, argv=sys.argv[1:], foreign_argv=True)
+    _start(config)
+    train_data, valid_data, test_data = data_preparation(config, create_dataset(config))
+    init_seed(config["seed"], config["reproducibility"])
+    trainer = _build_trainer(config, _build_model(config, train_data))
+    best_score, best_result = trainer.fit(train_data, valid_data, verbose=False, saved=saved)
+    return {
+        "model": config["model"],
+        "best_valid_score": best_score,
+        "valid_score_bigger": config["valid_metric_bigger"],
+        "best_valid_result": best_result,
+        "test_result": trainer.evaluate(test_data, load_best_model=saved),
+    }
+
+
+@quiet_recbole()
+def load_data_and_model(
+    model_file: str | os.PathLike[str], trust_checkpoint: bool = False, **settings: Any
+) -> tuple[Config, Any, Any, Any, Any, Any]:
+    """Reloads a checkpoint with its data: ``config, model, dataset, train_data, valid_data, test_data``.
+
+    Works for this package's models and RecBole's. The configuration is the one saved, whatever the yaml files and the
+    command line say now, except for ``settings`` (``data_path="…"``, ``use_gpu=False``).
+
+    Args:
+        trust_checkpoint: also accept a checkpoint written by RecBole itself, which is a pickle: loading it runs
+            whatever code it holds.
+
+    Raises:
+        CheckpointError: a broken file, or a pickle without ``trust_checkpoint``.
+    """
+    state = checkpoint.load(model_file, trust_checkpoint=trust_checkpoint)
+    saved = state["config"]
+    given = saved["given"] if isinstance(saved, dict) else saved.external_config_dict
+    config = Config(
+        saved["model"],
+        saved["dataset"],
+        config_dict={**given, **settings, "resume": None},
+        complete=isinstance(saved, dict),
+    )
+    _start(config)
+    dataset = create_dataset(config)
+    train_data, valid_data, test_data = data_preparation(config, dataset)
+    init_seed(config["seed"], config["reproducibility"])
+    model = _build_model(config, train_data)
+    model.load_state_dict(state["state_dict"])
+    model.load_other_parameter(state.get("other_parameter"))
+    model.eval()
+    return config, model, dataset, train_data, valid_data, test_data
+
+
+# ---------------------------------------------------------------------- shared steps
+def _start(config: Config) -> None:
+    backend.set_backend(config["backend"])
+    init_seed(config["seed"], config["reproducibility"])
+    logger = getLogger()
+    for handler in logger.handlers[:]:  # of an earlier run in this process
+        logger.removeHandler(handler)
+        handler.close()
+    init_logger(config)
+
+
+def _build_model(config: Config, train_data: Any) -> Any:
+    return registry.get_model_class(config["model"])(config, train_data._dataset).to(config["device"])
+
+
+def _build_trainer(config: Config, model: Any) -> Any:
+    trainer_class = registry.get_trainer_class(config)
+    if not config["single_spec"]:
+        from recbole_holo.training.trainer import HoloTrainer
+
+        if not issubclass(trainer_class, HoloTrainer):
+            raise ConfigError("nproc", config["nproc"], f"{config['model']} has a trainer of its own; use one process")
+    return trainer_class(config, model)
+
+
+def _check_writable(config: Config) -> None:
+    for folder in (config["checkpoint_dir"], "log", "log_tensorboard"):
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                "checkpoint_dir" if folder == config["checkpoint_dir"] else "working directory",
+                os.path.abspath(folder),
+                f"it cannot be written to ({error.strerror}); choose another",
+            ) from error
+
+
+def _peak_memory(config: Config) -> int:
+    """Bytes: of the GPU where there is one, of the process otherwise."""
+    if config["device"].type == "cuda":
+        return torch.cuda.max_memory_allocated(config["device"])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

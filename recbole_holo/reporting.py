@@ -1,0 +1,116 @@
+"""What a run ends with: a table for people, and the same as a JSON file beside the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from recbole_holo import __version__
+from recbole_holo.bridge import checkpoint
+from recbole_holo.ops import backend
+
+PACKAGES = ("recbole", "torch", "numpy", "pandas", "numba", "mamba-ssm", "causal-conv1d")
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable parameters: all of them, and those outside embedding tables and the output layer over items."""
+    every = {id(p): p for p in model.parameters() if p.requires_grad}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    n_items = getattr(model, "n_items", None)
+    tables |= {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == n_items}
+    return sum(p.numel() for p in every.values()), sum(p.numel() for i, p in every.items() if i not in tables)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what the numbers depend on; None for what is not installed."""
+    found: dict[str, str | None] = {"recbole_holo": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that the package runs from (``+`` marks uncommitted changes); None for an install."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changes.strip() else "")
+
+
+def write_report(
+    config: Any, model: nn.Module, trainer: Any, result: dict[str, Any], saved: bool, peak_memory: int
+) -> dict[str, Any]:
+    """Prints the table, writes ``<checkpoint>.json`` (process 0 only), and returns its content."""
+    parameters, without_tables = count_parameters(model)
+    seconds = getattr(trainer, "epoch_seconds", [])
+    report = {
+        "model": config["model"],
+        "dataset": config["dataset"],
+        "valid": result["best_valid_result"],
+        "test": result["test_result"],
+        "reported_epoch": "best on validation" if saved and result["best_valid_result"] else "last",
+        "epochs": len(seconds) or None,
+        "parameters": parameters,
+        "parameters_without_embeddings": without_tables,
+        "seconds_per_epoch": statistics.median(seconds) if seconds else None,
+        "peak_memory_bytes": peak_memory,
+        "device": str(config["device"]),
+        "implementations": backend.report(),
+        "seed": config["seed"],
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "checkpoint": trainer.saved_model_file if saved else None,
+        "config": checkpoint.plain(config.final_config_dict),
+    }
+    if config["local_rank"] == 0:
+        print(table(report))
+        if saved:
+            path = os.path.splitext(trainer.saved_model_file)[0] + ".json"
+            Path(path).write_text(json.dumps(report, indent=2, default=str) + "\n", encoding="utf-8")
+            print(f"checkpoint: {trainer.saved_model_file}\nreport:     {path}")
+    return report
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as two small tables: the metrics, and what they cost."""
+    metrics = list(report["test"] or {})
+    valid = report["valid"] or {}
+    head = f"{report['model']} on {report['dataset']}, seed {report['seed']} ({report['reported_epoch']} epoch)"
+    scores = tabulate(
+        [[m, valid.get(m, "-"), report["test"][m]] for m in metrics], headers=["metric", "validation", "test"]
+    )
+    implementations = ", ".join(f"{op}: {name}" for op, name in sorted(report["implementations"].items()))
+    seconds = report["seconds_per_epoch"]
+    costs = tabulate(
+        [
+            ["parameters", f"{report['parameters']:,}"],
+            ["  without item tables", f"{report['parameters_without_embeddings']:,}"],
+            ["seconds per epoch (median)", "-" if seconds is None else f"{seconds:.2f}"],
+            ["peak memory", f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB ({report['device']})"],
+            ["ran on", implementations or "plain PyTorch"],
+        ],
+        tablefmt="plain",
+    )
+    return f"\n{head}\n\n{scores}\n\n{costs}\n"
