@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from recbole_holo.bridge.checkpoint import CheckpointError
-from recbole_holo.bridge.errors import ConfigError, DataError
+from recbole_holo.bridge.errors import ConfigError, DataError, MissingExtra, NonFiniteLoss
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, or 2 for settings or data that cannot be used."""
+    """Runs the command and returns its exit status: 2 for input that cannot be used or a loss that diverged, else 0."""
     args, settings = parser().parse_known_args(argv)
     files = args.config_files.split()
     try:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 group_offset=args.group_offset,
                 argv=settings,
             )
-    except (ConfigError, DataError, CheckpointError, FileNotFoundError) as error:
+    except (ConfigError, DataError, CheckpointError, FileNotFoundError, MissingExtra, NonFiniteLoss) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -54,6 +54,7 @@ def run(
     settings = dict(config_dict or {})
     if nproc == 1 and world_size <= 1:
         return _run(model, dataset, config_file_list, settings, saved, argv)
+    _check_writable(Config(model, dataset, config_file_list, settings, argv))  # errors before processes start
     launch = {"nproc": nproc, "world_size": nproc if world_size == -1 else world_size}
     settings.update(launch, ip=ip, port=str(port), offset=group_offset)
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()

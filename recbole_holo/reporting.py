@@ -8,7 +8,6 @@ import platform
 import statistics
 import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import nn
 
 from recbole_holo import __version__
 from recbole_holo.bridge import checkpoint
+from recbole_holo.bridge.compat import installed_version
 from recbole_holo.ops import backend
 
 PACKAGES = ("recbole", "torch", "numpy", "pandas", "numba", "mamba-ssm", "causal-conv1d")
@@ -35,12 +35,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def versions() -> dict[str, str | None]:
     """Versions of what the numbers depend on; None for what is not installed."""
     found: dict[str, str | None] = {"recbole_holo": __version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return found | {package: installed_version(package) for package in PACKAGES}
 
 
 def git_commit() -> str | None:
@@ -51,7 +46,9 @@ def git_commit() -> str | None:
     git = ["git", "-C", str(root)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        changes = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+" if changes.strip() else "")

@@ -38,8 +38,7 @@ from recbole.trainer import HyperTuning
 from tabulate import tabulate
 
 from recbole_holo.bridge.compat import installed_version, quiet_recbole, release
-from recbole_holo.bridge.errors import ConfigError, nearest
-from recbole_holo.training.trainer import NonFiniteLoss
+from recbole_holo.bridge.errors import ConfigError, MissingExtra, NonFiniteLoss, nearest
 
 Objective = Callable[[dict[str, Any], "list[str] | None"], dict[str, Any]]
 
@@ -694,7 +693,7 @@ def _hyperopt() -> Any:
     version = installed_version("hyperopt")
     if version is None or release(version) < (0, 3):
         found = "is not installed" if version is None else f"{version} is too old"
-        raise ImportError(f'hyperopt {found}: pip install "recbole-holo[tune]"')
+        raise MissingExtra(f'hyperopt {found}: pip install "recbole-holo[tune]"')
     import hyperopt
 
     return hyperopt
@@ -705,7 +704,7 @@ def _ray_tune() -> Any:
     version = installed_version("ray")
     if version is None or release(version) < (2, 31):
         found = "is not installed" if version is None else f"{version} is too old"
-        raise ImportError(f'ray {found}: pip install "recbole-holo[ray]"')
+        raise MissingExtra(f'ray {found}: pip install "recbole-holo[ray]"')
     from ray import tune as ray_tune
 
     return ray_tune

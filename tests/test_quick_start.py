@@ -19,10 +19,10 @@ from recbole.utils.case_study import full_sort_scores, full_sort_topk
 from recbole_holo.bridge import registry
 from recbole_holo.bridge.checkpoint import CheckpointError, load
 from recbole_holo.bridge.config import Config
-from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.bridge.errors import ConfigError, NonFiniteLoss
 from recbole_holo.data.loader import create_dataset, data_preparation
 from recbole_holo.quick_start import load_data_and_model, objective_function, run
-from recbole_holo.training.trainer import HoloTrainer, NonFiniteLoss
+from recbole_holo.training.trainer import HoloTrainer
 
 OURS = list(registry.MODELS)
 
@@ -199,6 +199,29 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(cyclic_dataset
 def test_unwritable_output_directory_fails_before_training(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint_dir.*cannot be written"):
         run("RecMamba", cyclic_dataset, config_dict={**tiny, "checkpoint_dir": "/proc/saved"})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"enable_amp": True},
+        {"worker": 1},
+        {"clip_grad_norm": {"max_norm": 1.0}},
+        {"save_dataset": True},
+        {"save_dataloaders": True},
+        {"learner": "sgd"},
+        {"backend": "reference"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_recboles_training_settings_work(settings: dict[str, Any], cyclic_dataset: str, tiny: dict[str, Any]) -> None:
+    base = {**tiny, "item_attributes": ["genre"], "epochs": 1, **settings}
+    first = run("HoloMambaRec", cyclic_dataset, config_dict=base)
+    assert np.isfinite(first["best_valid_score"])
+    if "save_dataset" in settings:
+        base["dataset_save_path"] = f"saved/{cyclic_dataset}-SequenceDataset.pth"
+    again = run("HoloMambaRec", cyclic_dataset, config_dict=base)  # with what was saved, where something was
+    assert again["test_result"] == first["test_result"]
 
 
 def test_weight_decay_spares_the_state_space(cyclic_dataset: str, tiny: dict[str, Any]) -> None:

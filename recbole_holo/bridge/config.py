@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from logging import getLogger
@@ -255,6 +256,13 @@ class Config(RecBoleConfig):
                 close = nearest_names(key, known, limit=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 getLogger().warning(f"config: unknown key {key!r} = {self.external_config_dict[key]!r}{hint}")
+
+
+def with_settings(config: RecBoleConfig, **settings: Any) -> RecBoleConfig:
+    """A copy of ``config`` that differs in ``settings``."""
+    changed = copy.copy(config)
+    changed.final_config_dict = {**config.final_config_dict, **settings}
+    return changed
 
 
 def resolve_config_file(name: str | os.PathLike[str]) -> Path:

@@ -18,6 +18,14 @@ class DataError(ValueError):
     """Data that cannot be used: what is wrong with it, and what to do."""
 
 
+class NonFiniteLoss(ValueError):
+    """The training loss became nan or infinite; the message has the step and the last good checkpoint."""
+
+
+class MissingExtra(ImportError):
+    """An optional dependency that is not installed: what it is for, and the command that installs it."""
+
+
 def nearest(value: object, allowed: Iterable[str], limit: int = 3) -> str:
     """A remedy that offers what was probably meant, and all that is allowed when that is short."""
     names = sorted(allowed)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import pickle
 from typing import Any
 
 import numpy as np
 import torch
-from recbole.data.dataloader import AbstractDataLoader, FullSortEvalDataLoader, NegSampleEvalDataLoader
+from recbole.data.dataloader import (
+    AbstractDataLoader,
+    FullSortEvalDataLoader,
+    NegSampleEvalDataLoader,
+    TrainDataLoader,
+)
 from recbole.data.interaction import Interaction
 from recbole.data.utils import create_samplers, get_dataloader, load_split_dataloaders, save_split_dataloaders
 from recbole.data.utils import data_preparation as recbole_data_preparation
@@ -17,6 +21,7 @@ from recbole.utils import ModelType
 from recbole.utils.argument_list import dataset_arguments
 
 from recbole_holo.bridge import registry
+from recbole_holo.bridge.config import with_settings
 from recbole_holo.bridge.errors import ConfigError, DataError
 from recbole_holo.training import distributed
 from recbole_holo.training.distributed import ShardedTrainDataLoader
@@ -72,12 +77,18 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
         loader_class = get_dataloader(config, phase)
         if phase == "train":
             if not config["single_spec"]:
+                if loader_class is not TrainDataLoader:
+                    raise ConfigError("nproc", config["nproc"], f"{config['model']} loads by user; use one process")
                 loader_class = ShardedTrainDataLoader
-            loaders.append(loader_class(_local(config), split, samplers[phase], shuffle=config["shuffle"]))
+            alone = with_settings(config, single_spec=True)  # RecBole's own sharding pads, so it is not used
+            loaders.append(loader_class(alone, split, samplers[phase], shuffle=config["shuffle"]))
         else:
             loaders.append(_eval_loader(config, loader_class, split, samplers[phase]) if len(split) else None)
-    if config["save_dataloaders"]:
+    if config["save_dataloaders"] and None not in loaders:
+        generators = [loader.generator for loader in loaders]
         save_split_dataloaders(config, dataloaders=loaders)
+        for loader, generator in zip(loaders, generators, strict=True):  # saving takes them away
+            loader.generator = loader.sampler.generator = generator
     train, valid, test = loaders
     return train, valid, test
 
@@ -86,31 +97,25 @@ def _eval_loader(config, loader_class: type, split, sampler) -> AbstractDataLoad
     if loader_class is NegSampleEvalDataLoader and registry.is_ours(config["model"]):
         loader_class = CandidateEvalDataLoader
     rows_are_independent = loader_class is FullSortEvalDataLoader and config["MODEL_TYPE"] == ModelType.SEQUENTIAL
-    settings = {}
+    settings: dict[str, Any] = {"single_spec": True}
     if rows_are_independent and config["eval_max_elements"]:
         # RecBole scores eval_batch_size sequences against all items at once, whatever the catalogue.
         settings["eval_batch_size"] = min(
             config["eval_batch_size"], max(config["eval_max_elements"] // split.item_num, 1)
         )
     sharded = rows_are_independent and len(split) >= distributed.world()[1] > 1
-    loader = loader_class(_local(config, **settings), distributed.shard(split) if sharded else split, sampler)
+    rows = distributed.shard(split) if sharded else split
+    loader = loader_class(with_settings(config, **settings), rows, sampler)
     loader.is_sharded = sharded
     return loader
-
-
-def _local(config, **settings: Any) -> Any:
-    """``config`` with other settings, as one process sees it (RecBole's own sharding pads, so it is not used)."""
-    local = copy.copy(config)
-    local.final_config_dict = {**config.final_config_dict, "single_spec": True, **settings}
-    return local
 
 
 class CandidateEvalDataLoader(NegSampleEvalDataLoader):
     """uniN/popN evaluation that holds each history once.
 
     RecBole repeats a history for the target and each of its N negatives, and encodes it N + 1 times. Here a batch is
-    ``(histories, (row, item), positive_u, positive_i)``: ``row[j]`` is the history that candidate ``item[j]`` belongs
-    to (RecBole's own order, from RecBole's own sampler).
+    ``(histories, (user, row, item), positive_u, positive_i)``: candidate ``item[j]`` belongs to history ``row[j]`` of
+    the batch's user number ``user[j]`` (RecBole's own order, from RecBole's own sampler).
     """
 
     def collate_fn(self, index: Any) -> tuple[Interaction, tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:

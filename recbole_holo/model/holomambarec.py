@@ -15,11 +15,12 @@ class HoloMambaRec(SequenceRecommender):
 
     Where the paper and its code leave a choice: the head is untied without bias in the code and may be tied here; the
     code draws embeddings from N(0, 1), which with the orthonormal convolution keeps the bound term at unit variance and
-    which a tied head cannot start from; dropout (none in the code) is ours. A data set without ``item_attributes`` trains the same model without binding.
+    which a tied head cannot start from; dropout (none in the code) is ours. A data set without ``item_attributes``
+    trains the same model without binding.
 
     Config keys: ``hidden_size``, ``num_layers``, ``d_state``, ``d_conv``, ``expand``, ``ssm_init``, ``dropout_prob``,
-    ``final_norm``, ``tie_weights``, ``initializer_range``, ``binding_scale`` (ortho | none), ``attribute_values`` (mean | first),
-    ``bundle_roles``.
+    ``final_norm``, ``tie_weights``, ``initializer_range``, ``binding_scale`` (ortho | none), ``attribute_values``
+    (mean | first), ``bundle_roles``.
     """
 
     uses_attributes = True

@@ -31,17 +31,21 @@ def _forward(x, x_row, weight, bias, silu, y):
     batch, length, width = y.shape
     taps = weight.shape[0]
     for b in prange(batch):
+        out = np.empty(width, np.float32)
         for t in range(length):
-            out = y[b, t]
-            for j in range(width):
-                out[j] = bias[j]
+            out[:] = bias
             for k in range(max(0, taps - 1 - t), taps):
-                at, tap = (b * length + t - taps + 1 + k) * x_row, weight[k]
+                at = (b * length + t - taps + 1 + k) * x_row
+                source, tap = x[at : at + width], weight[k]
                 for j in range(width):
-                    out[j] += tap[j] * x[at + j]
+                    out[j] += tap[j] * source[j]
+            y_t = y[b, t]
             if silu:
                 for j in range(width):
-                    out[j] = out[j] * sigmoid(out[j])
+                    y_t[j] = out[j] * sigmoid(out[j])
+            else:
+                for j in range(width):
+                    y_t[j] = out[j]
 
 
 @compiled
@@ -50,30 +54,31 @@ def _backward(x, x_row, weight, bias, silu, gy, gx, gweight, gbias):
     taps, threads = weight.shape[0], gweight.shape[0]
     for thread in prange(threads):
         gweights, gbiases = np.zeros((taps, width), np.float32), np.zeros(width, np.float32)
-        value, g = np.empty(width, np.float32), np.empty(width, np.float32)
+        out, g = np.empty(width, np.float32), np.empty(width, np.float32)
         for b in range(thread * batch // threads, (thread + 1) * batch // threads):
             for t in range(length):
                 first = max(0, taps - 1 - t)
-                for j in range(width):
-                    g[j] = gy[b, t, j]
-                    gx[b, t, j] = ZERO
+                g[:] = gy[b, t]
+                gx[b, t] = ZERO
                 if silu:
-                    for j in range(width):
-                        value[j] = bias[j]
+                    out[:] = bias
                     for k in range(first, taps):
-                        at, tap = (b * length + t - taps + 1 + k) * x_row, weight[k]
+                        at = (b * length + t - taps + 1 + k) * x_row
+                        source, tap = x[at : at + width], weight[k]
                         for j in range(width):
-                            value[j] += tap[j] * x[at + j]
+                            out[j] += tap[j] * source[j]
                     for j in range(width):
-                        s = sigmoid(value[j])
-                        g[j] *= s * (ONE + value[j] * (ONE - s))
+                        s = sigmoid(out[j])
+                        g[j] *= s * (ONE + out[j] * (ONE - s))
                 for j in range(width):
                     gbiases[j] += g[j]
                 for k in range(first, taps):
-                    source = t - taps + 1 + k
-                    at, tap, gtap, gsource = (b * length + source) * x_row, weight[k], gweights[k], gx[b, source]
+                    earlier = t - taps + 1 + k
+                    at = (b * length + earlier) * x_row
+                    source, tap, gtap, gsource = x[at : at + width], weight[k], gweights[k], gx[b, earlier]
                     for j in range(width):
-                        gtap[j] += g[j] * x[at + j]
+                        gtap[j] += g[j] * source[j]
+                    for j in range(width):
                         gsource[j] += g[j] * tap[j]
         gweight[thread] = gweights
         gbias[thread] = gbiases

@@ -1,7 +1,8 @@
 r"""The selective scan and its gradient on a CPU, compiled by numba on first use (some seconds, then cached).
 
 All arrays are float32 and C-contiguous, with the names and shapes of :mod:`recbole_holo.ops.selective_scan`, but
-``A [N, D]``. Both kernels walk blocks of :data:`LANES` channels, so that the innermost loop runs over neighbouring channels and becomes
+``A [N, D]``, and ``z`` flat with rows ``z_row`` apart, because it is half of a projection and is read in place. Both
+kernels walk blocks of :data:`LANES` channels, so that the innermost loop runs over neighbouring channels and becomes
 vector instructions, and keep the state ``[N, LANES]`` of a block in the cache while time passes. The forward kernel
 stores the state at every ``chunk``-th step; the backward kernel computes the states of one chunk again from there and
 then walks it backwards. So memory grows with ``L / chunk`` states instead of L.
@@ -321,6 +322,9 @@ def rows(x: Tensor) -> tuple[np.ndarray, int]:
 
 def follow_torch_threads() -> int:
     """Lets numba use as many threads as torch does; returns their number."""
-    threads = min(torch.get_num_threads(), _settings.NUMBA_NUM_THREADS)
+    wanted = torch.get_num_threads()
+    threads = min(wanted, _settings.NUMBA_NUM_THREADS)
     numba.set_num_threads(threads)
+    if torch.get_num_threads() != wanted:  # numba starts its pool here, with all threads, in the OpenMP that torch uses
+        torch.set_num_threads(wanted)
     return threads

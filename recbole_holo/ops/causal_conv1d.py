@@ -66,9 +66,10 @@ def _causal_conv1d_shifted(x: Tensor, weight: Tensor, bias: Tensor | None, activ
 
 
 def _causal_conv1d_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """The kernel takes ``[batch, D, L]``: channels-last if all steps in memory are multiples of 8, else contiguous."""
+    """The kernel takes ``[batch, D, L]``: channels-last if it can read 8 channels at a time, else contiguous."""
     x = x.transpose(1, 2)
-    if x.stride(1) != 1 or x.shape[1] % 8 or x.stride(0) % 8 or x.stride(2) % 8:
+    steps = (x.shape[1], x.stride(0), x.stride(2), x.storage_offset())
+    if x.stride(1) != 1 or any(step % 8 for step in steps):
         x = x.contiguous()
     return backend.kernel("causal_conv1d")(x=x, weight=weight, bias=bias, activation=activation).transpose(1, 2)
 

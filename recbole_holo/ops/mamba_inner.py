@@ -90,7 +90,7 @@ def mamba2_inner(
         ``[batch, L, d_inner]``.
     """
     d_inner, heads = norm_weight.shape[0], A.shape[0]
-    if _fused_mamba2(zxbcdt, conv1d_weight):
+    if _fused_mamba2(zxbcdt, conv1d_weight.shape[0], d_inner):
         # The function's own default of norm_before_gate is the opposite of that of the module it was written for.
         return backend.kernel("mamba2_inner")(
             zxbcdt=zxbcdt,
@@ -145,12 +145,13 @@ def gated_rms_norm(
     return (y * gate if norm_before_gate else y).to(dtype)
 
 
-def _fused_mamba2(zxbcdt: Tensor, conv1d_weight: Tensor) -> bool:
-    """Whether the fused kernel runs: it reads the convolution's channels in place, in steps of 8 in memory."""
+def _fused_mamba2(zxbcdt: Tensor, convolved: int, d_inner: int) -> bool:
+    """Whether the fused kernel runs: it reads the convolution's channels in place, 8 at a time."""
     if backend.choose("mamba2_inner", zxbcdt) != "mamba-ssm":
         return False
-    if zxbcdt.shape[-1] % 8 or conv1d_weight.shape[0] % 8:
-        sizes = f"{zxbcdt.shape[-1]} projected and {conv1d_weight.shape[0]} convolved channels, not multiples of 8"
-        backend.note("mamba2_inner", "composed", sizes)
+    sizes = {"projected": zxbcdt.shape[-1], "convolved": convolved, "inner": d_inner}
+    if any(size % 8 for size in sizes.values()):
+        found = ", ".join(f"{size} {name}" for name, size in sizes.items())
+        backend.note("mamba2_inner", "composed", f"{found} channels: the fused kernel takes multiples of 8")
         return False
     return True

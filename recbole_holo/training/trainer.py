@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import random
 import uuid
@@ -21,12 +20,9 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from recbole_holo.bridge import checkpoint
-from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.bridge.config import with_settings
+from recbole_holo.bridge.errors import ConfigError, NonFiniteLoss
 from recbole_holo.training import distributed
-
-
-class NonFiniteLoss(ValueError):
-    """The training loss became nan or infinite; the message has the step and the last good checkpoint."""
 
 
 class SafeCheckpoints(Trainer):
@@ -180,7 +176,8 @@ class HoloTrainer(SafeCheckpoints, Trainer):
     """
 
     def __init__(self, config, model) -> None:
-        super().__init__(_single_process(config), model)
+        # As one process sees it: RecBole then leaves the model unwrapped, and gradients are averaged here.
+        super().__init__(with_settings(config, single_spec=True), model)
         self.config = config
         self.epoch_seconds: list[float] = []
         distributed.broadcast_parameters(self.model)
@@ -273,12 +270,3 @@ class HoloTrainer(SafeCheckpoints, Trainer):
 
     def _map_reduce(self, result: dict[str, float], num_sample: int) -> dict[str, float]:
         return result  # the rows of all processes were gathered before the metrics were computed
-
-
-def _single_process(config: Any) -> Any:
-    """``config`` as one process sees it: RecBole then leaves the model unwrapped; gradients are averaged here."""
-    if config["single_spec"]:
-        return config
-    single = copy.copy(config)
-    single.final_config_dict = {**config.final_config_dict, "single_spec": True}
-    return single

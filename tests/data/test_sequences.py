@@ -13,6 +13,7 @@ from recbole.config import Config as RecBoleConfig
 from recbole.data import create_dataset as recbole_create_dataset
 from recbole.data import data_preparation as recbole_data_preparation
 
+from recbole_holo.bridge import registry
 from recbole_holo.bridge.config import Config
 from recbole_holo.bridge.errors import ConfigError, DataError
 from recbole_holo.data.loader import create_dataset, data_preparation
@@ -305,3 +306,32 @@ def test_missing_dataset_says_where_files_go(tiny: dict[str, Any], monkeypatch: 
     import os
 
     assert os.listdir("dataset") == []  # no half-made folder that the next run would take for the data
+
+
+def test_a_model_that_peeks_at_the_target_gets_nothing(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
+    """The leak, planted: RecBole joins the attributes of the target into every batch."""
+    load = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "genre"]}
+    batch = recboles("SASRec", cyclic_dataset, **{**tiny, "load_col": load})[4].dataset[slice(None)]
+    genre = recboles("SASRec", cyclic_dataset, **{**tiny, "load_col": load})[1].item_feat["genre"]
+    assert torch.equal(batch["genre"], genre[batch["item_id"]])  # the leak is real in RecBole
+
+    config, _, train, _, test = ours("HoloMambaRec", cyclic_dataset, **tiny, item_attributes=["genre"])
+    model = registry.get_model_class("HoloMambaRec")(config, train.dataset).eval()
+
+    def peeking(interaction: Any) -> torch.Tensor:
+        return model.full_sort_predict(interaction) + interaction["genre"].unsqueeze(1)
+
+    rows = test.dataset[slice(None)]
+    with pytest.raises(KeyError):
+        peeking(rows)
+    scores = model.full_sort_predict(rows)
+    rows["item_id"] = rows["item_id"].flip(0)  # other targets, same histories
+    assert torch.equal(model.full_sort_predict(rows), scores)
+
+    history = next(iter(train))["item_id_list"][:1, :4]
+    elsewhere = torch.tensor(sorted(set(range(1, model.n_items)) - set(history.flatten().tolist())))
+    hidden = model.encode(history)
+    model.attributes[0].index[elsewhere] = 1  # what items outside the history are like
+    assert torch.equal(model.encode(history), hidden)
+    model.attributes[0].index[history] = 2
+    assert not torch.equal(model.encode(history), hidden)
