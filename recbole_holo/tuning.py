@@ -37,6 +37,7 @@ import yaml
 from recbole.trainer import HyperTuning
 from tabulate import tabulate
 
+from recbole_holo.bridge import resources
 from recbole_holo.bridge.compat import installed_version, quiet_recbole, release
 from recbole_holo.bridge.errors import ConfigError, MissingExtra, NonFiniteLoss, nearest
 
@@ -117,8 +118,8 @@ def read_space(source: str | Path | Mapping[str, Any]) -> dict[str, Parameter]:
     """Read a search space.
 
     Args:
-        source: a ``.yaml``/``.yml`` file, a file in RecBole's text form (any other suffix), or what the YAML
-            file holds.
+        source: a ``.yaml``/``.yml`` file, a file in RecBole's text form (any other suffix), the name of a space that
+            the package ships (``HoloMambaRec``), or what the YAML file holds.
 
     Returns:
         The searched parameters by name, in the file's order.
@@ -131,9 +132,12 @@ def read_space(source: str | Path | Mapping[str, Any]) -> dict[str, Parameter]:
         entries, origin = list(_entries_of_mapping(source)), "search_space"
     else:
         path, origin = Path(source), str(source)
+        if not path.is_file() and path.parent in (Path(), Path("properties/search")):
+            path = resources.properties("search", f"{path.stem}.yaml")  # a shipped space, from any directory
         if not path.is_file():
             raise FileNotFoundError(
-                f"search_space: {origin!r} is no file; give a YAML file or RecBole's hyper.test form"
+                f"search_space: {origin!r} is no file; give a YAML file, RecBole's hyper.test form, or the name of a "
+                "shipped space such as HoloMambaRec"
             )
         text = path.read_text("utf-8")
         yaml_form = path.suffix in (".yaml", ".yml")

@@ -14,8 +14,7 @@ import torch
 from recbole.trainer import HyperTuning
 
 from recbole_holo import tuning
-from recbole_holo.bridge.errors import ConfigError
-from recbole_holo.training.trainer import NonFiniteLoss
+from recbole_holo.bridge.errors import ConfigError, NonFiniteLoss
 from recbole_holo.tuning import Parameter, Tuning, read_space, tune, tune_with_ray
 
 GRID = {"choice": {"learning_rate": [1e-3, 1e-2, 1e-1], "hidden_size": [32, 64]}}
@@ -412,3 +411,8 @@ def test_ray_searches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(math.exp(-3) <= p["x"] <= 1 and type(p["n"]) is int for p in tried(drawn[0]))
     finally:
         ray.shutdown()
+
+
+@pytest.mark.parametrize("name", ["HoloMambaRec", "HoloMambaRec.yaml", "properties/search/HoloMambaRec.yaml"])
+def test_shipped_spaces_are_found_from_any_directory(name: str) -> None:
+    assert "learning_rate" in read_space(name)

@@ -26,6 +26,7 @@ LAUNCH_KEYS = ("local_rank", "world_size", "nproc", "offset", "ip", "port", "con
 # Keys that RecBole or this package reads although no yaml file gives them a default.
 EXTRA_KEYS = frozenset(
     {
+        "loss_type",
         "model",
         "dataset",
         "config_files",
@@ -55,7 +56,6 @@ EXTRA_KEYS = frozenset(
         "offset",
         "local_rank",
         "wandb_project",
-        "keep_unseen_items",
         "search_space",
         "search_algo",
         "max_evals",
@@ -145,7 +145,7 @@ class Config(RecBoleConfig):
             return
         super()._load_internal_config_dict(model, model_class, dataset)
         self.internal_config_dict.update(self._read_yaml(resources.properties("overall.yaml")))
-        for path in (resources.properties("model", f"{model}.yaml"), resources.dataset_config(dataset)):
+        for path in (registry.properties_file(model), resources.dataset_config(dataset)):
             if path.is_file():
                 self.internal_config_dict.update(self._read_yaml(path))
         if self._foreign_argv:

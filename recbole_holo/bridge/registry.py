@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recbole_holo.bridge import resources
 from recbole_holo.bridge.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ MODELS = {
     "RecMamba": "recbole_holo.model.recmamba",
     "Mamba4Rec": "recbole_holo.model.mamba4rec",
 }
+PROPERTIES: dict[str, Path] = {}  # of models registered from outside; the package's own are found by name
 RECBOLE_FAMILIES = (
     "general_recommender",
     "context_aware_recommender",
@@ -34,9 +36,22 @@ def is_ours(model: str) -> bool:
     return model in MODELS
 
 
-def register_model(name: str, module: str) -> None:
-    """Adds a model: ``module`` (a dotted path) holds a class ``name``, a subclass of ``SequenceRecommender``."""
+def register_model(name: str, module: str, properties: str | Path | None = None) -> None:
+    """Adds a model.
+
+    Args:
+        name: of its class, a subclass of ``SequenceRecommender``.
+        module: dotted path of the module that holds the class.
+        properties: yaml file with the defaults of its settings.
+    """
     MODELS[name] = module
+    if properties is not None:
+        PROPERTIES[name] = Path(properties)
+
+
+def properties_file(name: str) -> Path:
+    """The yaml file with a model's defaults; it may not exist."""
+    return PROPERTIES.get(name, resources.properties("model", f"{name}.yaml"))
 
 
 @cache
