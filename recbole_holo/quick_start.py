@@ -157,7 +157,7 @@ def load_data_and_model(
     init_seed(config["seed"], config["reproducibility"])
     model = _build_model(config, train_data)
     model.load_state_dict(state["state_dict"])
-    model.load_other_parameter(state.get("other_parameter"))
+    model.load_other_parameter(checkpoint.unpack(state.get("other_parameter")))
     model.eval()
     return config, model, dataset, train_data, valid_data, test_data
 

@@ -65,13 +65,13 @@ def sorted_ml100k(tmp_path: Path) -> str:
 
 @pytest.fixture
 def cyclic_dataset(write_dataset: Callable[..., str]) -> str:
-    """40 users who walk around 12 items from a random start: the next item follows from the last one."""
+    """40 users who walk around 20 items from a random start: the next item follows from the last one."""
     rng = np.random.default_rng(0)
     inter = []
     for user in range(40):
-        start, length = int(rng.integers(12)), int(rng.integers(5, 15))
-        inter += [(f"u{user}", f"i{(start + t) % 12}", 1_700_000_000 + 10 * t + user) for t in range(length)]
-    items = [(f"i{i}", f"g{i % 3}", f"a{i % 2} b{i % 4}", i * 1.5) for i in range(12)]
+        start, length = int(rng.integers(20)), int(rng.integers(5, 15))
+        inter += [(f"u{user}", f"i{(start + t) % 20}", 1_700_000_000 + 10 * t + user) for t in range(length)]
+    items = [(f"i{i}", f"g{i % 3}", f"a{i % 2} b{i % 4}", i * 1.5) for i in range(20)]
     return write_dataset(inter, "cycle", item=("item_id:token\tgenre:token\ttags:token_seq\tprice:float", items))
 
 

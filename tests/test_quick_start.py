@@ -125,6 +125,30 @@ def test_recbole_models_get_recboles_metrics(model: str, sorted_ml100k: str) -> 
     assert mine["test_result"]["recall@10"] > 0
 
 
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        ("ItemKNN", {}),  # keeps sparse matrices
+        ("LightGCN", {}),  # a loss of shape [1]
+        ("MultiVAE", {}),  # a loader of its own
+        ("GRU4RecF", {"selected_features": ["genre"]}),  # keeps a module beside its parameters
+        ("BERT4Rec", {}),  # a transform that leaves keys in the configuration
+        ("FEARec", {}),  # reads padded lists from the data set
+        ("S3Rec", {"item_attribute": "tags", "train_stage": "pretrain", "pretrain_epochs": 1, "save_step": 1}),
+    ],
+)
+def test_recbole_models_of_every_kind_run_and_reload(
+    model: str, settings: dict[str, Any], cyclic_dataset: str, tiny: dict[str, Any]
+) -> None:
+    load = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "genre", "tags"]}
+    result = run(model, cyclic_dataset, config_dict={**tiny, "epochs": 1, "load_col": load, **settings})
+    checkpoint = next(Path("saved").glob("*-1.pth")) if model == "S3Rec" else result["report"]["checkpoint"]
+    config, net, _, _, _, test = load_data_and_model(checkpoint)
+    assert (
+        registry.get_trainer_class(config)(config, net).evaluate(test, load_best_model=False) == result["test_result"]
+    )
+
+
 def test_recbole_checkpoints(cyclic_dataset: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """RecBole's models through us reload safely; RecBole's own pickles only when trusted."""
     settings = {**tiny, "train_neg_sample_args": None}

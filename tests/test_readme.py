@@ -27,7 +27,7 @@ def test_the_model_of_ones_own(
     registry.register_model("AverageRec", "averagerec", properties="averagerec.yaml")
     del tiny["hidden_size"]
     report = run("AverageRec", cyclic_dataset, config_dict=tiny)["report"]
-    assert report["parameters"] == 13 * 64
+    assert report["parameters"] == 21 * 64
     assert report["test"].keys() == {"hit@3", "hit@5", "ndcg@3", "ndcg@5", "mrr@3", "mrr@5"}
     assert load_data_and_model(report["checkpoint"])[1].__class__.__name__ == "AverageRec"
 

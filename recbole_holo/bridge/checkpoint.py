@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix, issparse
 
 FORMAT = "recbole_holo/1"
+_KIND = "__kind__"
 
 
 class CheckpointError(RuntimeError):
@@ -33,6 +35,40 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, set, frozenset)):
         return [plain(item) for item in value]
     return str(value)
+
+
+def pack(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A model's ``other_parameter()`` for :func:`save`; :func:`unpack` gives it back.
+
+    NumPy arrays and SciPy's sparse matrices keep their kind. Modules among them (RecBole lists some) are left out:
+    their parameters are in the state dict already.
+    """
+    return {name: _pack(value) for name, value in parameters.items() if not isinstance(value, torch.nn.Module)}
+
+
+def _pack(value: Any) -> Any:
+    if issparse(value):
+        rows = value.tocsr()
+        parts = {name: _pack(getattr(rows, name)) for name in ("data", "indices", "indptr")}
+        return {_KIND: value.format, "shape": tuple(map(int, rows.shape)), **parts}
+    if isinstance(value, np.ndarray):
+        return {_KIND: "array", "values": torch.from_numpy(np.array(value))}
+    return value
+
+
+def unpack(parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """The inverse of :func:`pack`."""
+    return {name: _unpack(value) for name, value in (parameters or {}).items()}
+
+
+def _unpack(value: Any) -> Any:
+    kind = value.get(_KIND) if isinstance(value, dict) else None
+    if kind is None:
+        return value
+    if kind == "array":
+        return value["values"].cpu().numpy()
+    parts = tuple(_unpack(value[name]) for name in ("data", "indices", "indptr"))
+    return csr_matrix(parts, shape=value["shape"]).asformat(kind)
 
 
 def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:

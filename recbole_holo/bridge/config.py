@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
-import copy
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -258,11 +258,16 @@ class Config(RecBoleConfig):
                 getLogger().warning(f"config: unknown key {key!r} = {self.external_config_dict[key]!r}{hint}")
 
 
-def with_settings(config: RecBoleConfig, **settings: Any) -> RecBoleConfig:
-    """A copy of ``config`` that differs in ``settings``."""
-    changed = copy.copy(config)
-    changed.final_config_dict = {**config.final_config_dict, **settings}
-    return changed
+@contextmanager
+def overridden(config: RecBoleConfig, **settings: Any) -> Iterator[RecBoleConfig]:
+    """``config`` with other ``settings`` inside the block. Not a copy: RecBole's transforms leave keys in it."""
+    final = config.final_config_dict
+    before = {key: final[key] for key in settings}
+    final.update(settings)
+    try:
+        yield config
+    finally:
+        final.update(before)
 
 
 def resolve_config_file(name: str | os.PathLike[str]) -> Path:

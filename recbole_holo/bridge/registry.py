@@ -21,6 +21,8 @@ MODELS = {
     "RecMamba": "recbole_holo.model.recmamba",
     "Mamba4Rec": "recbole_holo.model.mamba4rec",
 }
+# Models of RecBole that read the padded histories of all rows from the data set, besides their batches.
+READS_PADDED_LISTS = frozenset({"FEARec"})
 PROPERTIES: dict[str, Path] = {}  # of models registered from outside; the package's own are found by name
 RECBOLE_FAMILIES = (
     "general_recommender",
@@ -99,10 +101,13 @@ def get_dataset_class(config) -> type:
         return SequenceDataset
     base = getattr(recbole_datasets, f"{config['model']}Dataset", None)
     if base is None:
-        if config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
+        if config["MODEL_TYPE"] == ModelType.SEQUENTIAL and config["model"] not in READS_PADDED_LISTS:
             return PrefixDataset
-        knowledge = config["MODEL_TYPE"] == ModelType.KNOWLEDGE
-        base = recbole_datasets.KnowledgeBasedDataset if knowledge else recbole_datasets.Dataset
+        family = {
+            ModelType.KNOWLEDGE: recbole_datasets.KnowledgeBasedDataset,
+            ModelType.SEQUENTIAL: recbole_datasets.SequentialDataset,
+        }
+        base = family.get(config["MODEL_TYPE"], recbole_datasets.Dataset)
     return type(base.__name__, (RepairedDataset, base), {"__module__": __name__})
 
 

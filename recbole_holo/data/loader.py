@@ -21,7 +21,7 @@ from recbole.utils import ModelType
 from recbole.utils.argument_list import dataset_arguments
 
 from recbole_holo.bridge import registry
-from recbole_holo.bridge.config import with_settings
+from recbole_holo.bridge.config import overridden
 from recbole_holo.bridge.errors import ConfigError, DataError
 from recbole_holo.training import distributed
 from recbole_holo.training.distributed import ShardedTrainDataLoader
@@ -80,8 +80,8 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
                 if loader_class is not TrainDataLoader:
                     raise ConfigError("nproc", config["nproc"], f"{config['model']} loads by user; use one process")
                 loader_class = ShardedTrainDataLoader
-            alone = with_settings(config, single_spec=True)  # RecBole's own sharding pads, so it is not used
-            loaders.append(loader_class(alone, split, samplers[phase], shuffle=config["shuffle"]))
+            with overridden(config, single_spec=True):  # RecBole's own sharding pads, so it is not used
+                loaders.append(loader_class(config, split, samplers[phase], shuffle=config["shuffle"]))
         else:
             loaders.append(_eval_loader(config, loader_class, split, samplers[phase]) if len(split) else None)
     if config["save_dataloaders"] and None not in loaders:
@@ -104,8 +104,8 @@ def _eval_loader(config, loader_class: type, split, sampler) -> AbstractDataLoad
             config["eval_batch_size"], max(config["eval_max_elements"] // split.item_num, 1)
         )
     sharded = rows_are_independent and len(split) >= distributed.world()[1] > 1
-    rows = distributed.shard(split) if sharded else split
-    loader = loader_class(with_settings(config, **settings), rows, sampler)
+    with overridden(config, **settings):
+        loader = loader_class(config, distributed.shard(split) if sharded else split, sampler)
     loader.is_sharded = sharded
     return loader
 

@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from recbole_holo.bridge import checkpoint
-from recbole_holo.bridge.config import with_settings
+from recbole_holo.bridge.config import overridden
 from recbole_holo.bridge.errors import ConfigError, NonFiniteLoss
 from recbole_holo.training import distributed
 
@@ -63,7 +63,7 @@ class SafeCheckpoints(Trainer):
                     "best_valid_score": float(self.best_valid_score),
                     "best_valid_result": self._valid_result,
                     "state_dict": self.model.state_dict(),
-                    "other_parameter": self.model.other_parameter(),
+                    "other_parameter": checkpoint.pack(self.model.other_parameter()),
                     "optimizer": self.optimizer.state_dict(),
                     "random_state": self._random_state(),
                 },
@@ -72,6 +72,11 @@ class SafeCheckpoints(Trainer):
         distributed.barrier()
         if verbose:
             self.logger.info(set_color("Saving current", "blue") + f": {path}")
+
+    def save_pretrained_model(self, epoch: int, saved_model_file: str) -> None:
+        """What RecBole's S3Rec trainer writes between its two stages, and reads back in the second."""
+        self._save_checkpoint(epoch, verbose=False, saved_model_file=saved_model_file)
+        self.saved_model_file = saved_model_file
 
     def _random_state(self) -> dict[str, Any]:
         _, keys, position, has_gauss, cached = np.random.get_state()
@@ -112,7 +117,7 @@ class SafeCheckpoints(Trainer):
         self.best_valid_score = saved["best_valid_score"]
         self.best_valid_result = saved.get("best_valid_result")
         self.model.load_state_dict(saved["state_dict"])
-        self.model.load_other_parameter(saved.get("other_parameter"))
+        self.model.load_other_parameter(checkpoint.unpack(saved.get("other_parameter")))
         self.optimizer.load_state_dict(saved["optimizer"])
         self._resumed = saved.get("random_state")
         self.logger.info(f"resuming {resume_file} from epoch {self.start_epoch}")
@@ -147,7 +152,7 @@ class SafeCheckpoints(Trainer):
             path = model_file or self.saved_model_file
             saved = self._load(path)
             self.model.load_state_dict(saved["state_dict"])
-            self.model.load_other_parameter(saved.get("other_parameter"))
+            self.model.load_other_parameter(checkpoint.unpack(saved.get("other_parameter")))
             self.logger.info(f"Loading model structure and parameters from {path}")
         with self._same_candidates(eval_data):
             return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
@@ -177,8 +182,8 @@ class HoloTrainer(SafeCheckpoints, Trainer):
 
     def __init__(self, config, model) -> None:
         # As one process sees it: RecBole then leaves the model unwrapped, and gradients are averaged here.
-        super().__init__(with_settings(config, single_spec=True), model)
-        self.config = config
+        with overridden(config, single_spec=True):
+            super().__init__(config, model)
         self.epoch_seconds: list[float] = []
         distributed.broadcast_parameters(self.model)
         self.eval_collector = distributed.GatheringCollector(config)
@@ -222,7 +227,7 @@ class HoloTrainer(SafeCheckpoints, Trainer):
             with torch.autocast(self.device.type, dtype=half, enabled=self.enable_amp):
                 losses = loss_func(interaction)
             parts = losses if isinstance(losses, tuple) else (losses,)
-            loss = torch.stack(parts).sum() * distributed.loss_weight(interaction)
+            loss = torch.stack([part.sum() for part in parts]).sum() * distributed.loss_weight(interaction)
 
             broken = ~torch.isfinite(loss.detach())
             broken_at = torch.where(broken & (broken_at < 0), step, broken_at)
@@ -235,7 +240,7 @@ class HoloTrainer(SafeCheckpoints, Trainer):
                 clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
             scaler.step(self.optimizer)
             scaler.update()
-            current = torch.stack([part.detach().double() for part in parts])
+            current = torch.stack([part.detach().double().sum() for part in parts])
             total = current if total is None else total + current
         if int(broken_at) >= 0:
             self._stop_at(epoch_idx, int(broken_at))

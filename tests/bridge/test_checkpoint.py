@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import lil_matrix
 
 from recbole_holo.bridge import checkpoint
 
@@ -36,6 +37,20 @@ def test_round_trip_of_plain_values(tmp_path: Path) -> None:
     assert torch.equal(back["array"], torch.arange(4))
     assert back["device"] == "cpu"
     assert back["nested"] == {1: [None, True, "x"]}
+
+
+def test_other_parameters_keep_their_kind(tmp_path: Path) -> None:
+    matrix = lil_matrix(np.array([[0.0, 2.0], [0.0, 0.0], [1.5, 0.0]]))
+    given = {"counts": np.arange(3), "similarity": matrix, "n": 4, "layer": torch.nn.Linear(1, 1), "seen": {"a": [1]}}
+    checkpoint.save({"other": checkpoint.pack(given)}, tmp_path / "c.pth")
+    back = checkpoint.unpack(checkpoint.load(tmp_path / "c.pth")["other"])
+    assert back.keys() == given.keys() - {"layer"}
+    assert isinstance(back["counts"], np.ndarray)
+    assert back["counts"].tolist() == [0, 1, 2]
+    assert back["similarity"].format == "lil"
+    assert (back["similarity"].toarray() == matrix.toarray()).all()
+    assert (back["n"], back["seen"]) == (4, {"a": [1]})
+    assert checkpoint.unpack(None) == {}
 
 
 def test_pickles_are_refused_unless_trusted(tmp_path: Path) -> None:
