@@ -693,22 +693,17 @@ def _output_files(output_file: str | Path | None) -> tuple[Path | None, Path | N
 
 
 def _hyperopt() -> Any:
-    """hyperopt, or an ImportError that says how to get it."""
-    version = installed_version("hyperopt")
-    if version is None or release(version) < (0, 3):
-        found = "is not installed" if version is None else f"{version} is too old"
-        raise MissingExtra(f'hyperopt {found}: pip install "recbole-holo[tune]"')
-    import hyperopt
-
-    return hyperopt
+    return _extra("hyperopt", (0, 3), "tune", "hyperopt")
 
 
 def _ray_tune() -> Any:
-    """``ray.tune``, or an ImportError that says how to get it."""
-    version = installed_version("ray")
-    if version is None or release(version) < (2, 31):
-        found = "is not installed" if version is None else f"{version} is too old"
-        raise MissingExtra(f'ray {found}: pip install "recbole-holo[ray]"')
-    from ray import tune as ray_tune
+    return _extra("ray", (2, 31), "ray", "ray.tune")
 
-    return ray_tune
+
+def _extra(package: str, minimum: tuple[int, ...], extra: str, module: str) -> Any:
+    """An optional module, or an ImportError that says how to get it."""
+    version = installed_version(package)
+    if version is None or release(version) < minimum:
+        found = "is not installed" if version is None else f"{version} is too old"
+        raise MissingExtra(f'{package} {found}: pip install "recbole-holo[{extra}]"')
+    return importlib.import_module(module)
