@@ -134,6 +134,11 @@ class SequenceDataset(PrefixDataset):
         datasets = super().build()
         names, buckets = self.config["item_attributes"] or [], self.config["attribute_buckets"]
         attributes = {name: item_attribute(self, name, buckets) for name in names}
+        for name, attribute in attributes.items():
+            without = int((attribute.index.reshape(self.item_num, -1)[1:] == 0).all(-1).sum())
+            if without:
+                items = f"{without:,} of {self.item_num - 1:,} items"
+                self.logger.info(f"item_attributes: {items} have no {name}; they get the zero vector")
         for dataset in datasets:
             dataset.item_attributes = attributes
         if self.config["train_on"] == "sequences" and self.is_augmented:

@@ -224,13 +224,16 @@ def test_dropped_interactions_are_reported(write_dataset: Any, caplog: pytest.Lo
 
 
 # ---------------------------------------------------------------------- attributes
-def test_attributes_of_every_type(write_dataset: Any) -> None:
+def test_attributes_of_every_type(write_dataset: Any, caplog: pytest.LogCaptureFixture) -> None:
     inter = [(f"u{u}", f"i{(u + t) % 8}", t) for u in range(6) for t in range(6)]
     items = [(f"i{i}", f"g{i % 3}", "" if i == 2 else f"a{i % 2} b", "" if i == 5 else i) for i in range(10)]
     name = write_dataset(inter, item=("item_id:token\tgenre:token\ttags:token_seq\tprice:float", items))
     settings = {"item_attributes": ["genre", "tags", "price"], "attribute_buckets": 4}
     load = {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}}
-    _, data, train, _, _ = ours("HoloMambaRec", name, **settings, **load)
+    with caplog.at_level(logging.INFO):
+        _, data, train, _, _ = ours("HoloMambaRec", name, **settings, **load)
+    assert "1 of 8 items have no tags" in caplog.text
+    assert "1 of 8 items have no price" in caplog.text
     genre, tags, price = (train.dataset.item_attributes[field] for field in settings["item_attributes"])
     assert data.item_num == 9  # i8 and i9 occur in no interaction
 
