@@ -1,6 +1,6 @@
 """Times the selective scan and whole layers, prints a Markdown table.
 
-    OMP_WAIT_POLICY=passive python benchmarks/scan.py [--device cuda] [--threads 2] [--rounds 7]
+    OMP_WAIT_POLICY=passive python -m benchmarks.scan [--device cuda] [--threads 2] [--rounds 7]
 
 Every row of a size is measured in turn in each round, so that what else the machine does falls on all of them; medians
 over the rounds, after one to compile and warm up. Widths of a recommender: d_model 64, d_inner 128, d_state 16.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import numpy as np
@@ -177,11 +176,6 @@ class SequenceDataset(PrefixDataset):
         sequences = self.copy(Interaction(windows))
         sequences._is_target = is_target
         return sequences
-
-    def copy(self, new_inter_feat: Interaction) -> SequenceDataset:
-        split = copy.copy(self)
-        split.inter_feat = new_inter_feat
-        return split
 
     def __getitem__(self, index: Any, join: bool = True) -> Interaction:
         if not self.is_augmented or isinstance(index, str):
