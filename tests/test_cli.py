@@ -73,3 +73,19 @@ def test_installed_package_data_is_found_outside_the_checkout() -> None:
 
     assert resources.presets().keys() >= {"HoloMambaRec", "HoloMambaRec_paper", "Hydra", "RecMamba", "Mamba4Rec"}
     assert resources.dataset_config("ml-1m").is_file()
+
+
+def test_the_package_is_the_command_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "recbole_holo", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert "--search_space" in done.stdout
+
+
+def test_the_command_tunes(cyclic_dataset: str, tiny: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "space.yaml").write_text("choice:\n  learning_rate: [0.001, 0.01]\n")
+    argv = ["--model=RecMamba", f"--dataset={cyclic_dataset}", "--search_space=space.yaml", "--search_algo=exhaustive"]
+    assert cli.main([*argv, *words({**tiny, "epochs": 1})]) == 0
+    printed = capsys.readouterr().out
+    assert "2 trials" in printed
+    assert "best by validation: learning_rate" in printed

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import zipfile
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from recbole_holo.bridge.config import Config
 from recbole_holo.bridge.errors import ConfigError, DataError
 from recbole_holo.data.loader import create_dataset, data_preparation
 from recbole_holo.data.sequences import training_windows
+from recbole_holo.layers.holographic import AttributeEmbedding
 
 LEAVE_ONE_OUT = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
 RATIO = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "TO", "group_by": "user", "mode": "full"}
@@ -306,8 +310,6 @@ def test_missing_dataset_says_where_files_go(tiny: dict[str, Any], monkeypatch: 
     monkeypatch.setattr("recbole_holo.data.repairs.decide_download", offline)
     with pytest.raises(DataError, match=r"could not be downloaded \(no network\).*Put .*ml-20m.inter"):
         ours("RecMamba", "ml-20m", **tiny)
-    import os
-
     assert os.listdir("dataset") == []  # no half-made folder that the next run would take for the data
 
 
@@ -338,3 +340,82 @@ def test_a_model_that_peeks_at_the_target_gets_nothing(cyclic_dataset: str, tiny
     assert torch.equal(model.encode(history), hidden)
     model.attributes[0].index[history] = 2
     assert not torch.equal(model.encode(history), hidden)
+
+
+def test_the_interaction_matrix_equals_recboles(sorted_ml100k: str) -> None:
+    settings = {"MAX_ITEM_LIST_LENGTH": 20, **ML100K}
+    theirs, mine = recboles("SASRec", sorted_ml100k, **settings), ours("SASRec", sorted_ml100k, **settings)
+    for phase in (2, 3):
+        assert (theirs[phase].dataset.inter_matrix("csr") != mine[phase].dataset.inter_matrix("csr")).nnz == 0
+    windows = ours("RecMamba", sorted_ml100k, **settings)
+    assert (theirs[2].dataset.inter_matrix("csr") != windows[2].dataset.inter_matrix("csr")).nnz == 0
+    valued = mine[2].dataset.inter_matrix(value_field="rating")
+    assert valued.sum() == theirs[2].dataset.inter_matrix(value_field="rating").sum()
+
+
+def test_attribute_vectors(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
+    """One value: its vector. Several: their mean, or the first. None, and the pad: zero."""
+    _, data, train, _, _ = ours("HoloMambaRec", cyclic_dataset, **tiny, item_attributes=["genre", "tags"])
+    genre, tags = train.dataset.item_attributes.values()
+    items = torch.tensor([0, data.token2id("item_id", "i1")])
+    one = AttributeEmbedding(genre, 8)
+    assert not one(items)[0].any()
+    assert torch.equal(one(items)[1], one.embedding.weight[genre.labels.index("g1")])
+    mean, first = AttributeEmbedding(tags, 8), AttributeEmbedding(tags, 8, values="first")
+    a1, b1 = tags.labels.index("a1"), tags.labels.index("b1")
+    torch.testing.assert_close(mean(items)[1], (mean.embedding.weight[a1] + mean.embedding.weight[b1]) / 2)
+    assert torch.equal(first(items)[1], first.embedding.weight[a1])
+    assert not mean(items)[0].any()
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "message"),
+    [("emb:float_seq", "1 2", "type float_seq"), ("price:float", "", "no item has a value of 'price'")],
+)
+def test_attributes_that_cannot_be_used(
+    header: str, value: str, message: str, write_dataset: Any, tiny: dict[str, Any]
+) -> None:
+    inter = [(f"u{u}", f"i{(u + t) % 8}", t) for u in range(6) for t in range(6)]
+    name = write_dataset(inter, item=(f"item_id:token\t{header}", [(f"i{i}", value) for i in range(8)]))
+    with pytest.raises(DataError, match=message):
+        ours("HoloMambaRec", name, **tiny, item_attributes=[header.split(":")[0]])
+
+
+def test_a_download_is_whole_or_nothing(tiny: dict[str, Any], tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = "user_id:token\titem_id:token\ttimestamp:float\n" + "".join(
+        f"u{u}\ti{(u + t) % 9}\t{t}\n" for u in range(6) for t in range(6)
+    )
+
+    def download(url: str, folder: str) -> str:
+        assert url.endswith(".zip")
+        archive = f"{folder}/ml-20m-original.zip"
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("ml-20m-original.inter", rows)
+        return archive
+
+    monkeypatch.setattr("recbole_holo.data.repairs.decide_download", lambda url: True)
+    monkeypatch.setattr("recbole_holo.data.repairs.download_url", download)
+    _, data, *_ = ours("RecMamba", "ml-20m", **tiny)
+    assert data.user_num == 7
+    assert sorted(p.name for p in (tmp_path / "dataset").iterdir()) == ["ml-20m"]
+    assert [p.name for p in (tmp_path / "dataset" / "ml-20m").iterdir()] == ["ml-20m.inter"]
+
+    monkeypatch.setattr("recbole_holo.data.repairs.decide_download", lambda url: False)
+    with pytest.raises(DataError, match="declined"):
+        ours("RecMamba", "ml-10m", **tiny)
+
+
+def test_optional_columns_that_are_missing_are_only_warned_of(
+    write_dataset: Any, tiny: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    name = write_dataset([(f"u{u}", f"i{(u + t) % 9}", t) for u in range(6) for t in range(6)])
+    tiny["load_col"] = {"inter": ["user_id", "item_id", "timestamp", "ratng"]}
+    with caplog.at_level(logging.WARNING):
+        ours("RecMamba", name, **tiny)
+    assert "no column 'ratng'" in caplog.text
+    tiny["load_col"] = {"inter": ["user_id", "item_id"]}
+    with pytest.raises(DataError, match=r"TIME_FIELD: .* without a column 'timestamp'"):
+        ours("RecMamba", name, **tiny)
+    (Path("dataset") / name / f"{name}.inter").unlink()
+    with pytest.raises(DataError, match=r"needs the file .*toy\.inter, which is not there"):
+        ours("RecMamba", name, **tiny)
