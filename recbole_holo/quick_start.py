@@ -22,6 +22,13 @@ from recbole_holo.ops import backend
 from recbole_holo.reporting import write_report
 
 Files = Sequence[str | os.PathLike[str]] | None
+# Settings that make RecBole unpickle files; a stranger's checkpoint may not choose them.
+NO_PICKLES = {
+    "dataset_save_path": None,
+    "dataloaders_save_path": None,
+    "save_dataset": False,
+    "save_dataloaders": False,
+}
 
 
 def run(
@@ -148,7 +155,7 @@ def load_data_and_model(
     config = Config(
         saved["model"],
         saved["dataset"],
-        config_dict={**given, **settings, "resume": None},
+        config_dict={**given, **NO_PICKLES, **settings, "resume": None},
         complete=isinstance(saved, dict),
     )
     _start(config)

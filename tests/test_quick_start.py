@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from recbole.utils import get_model, init_logger, init_seed
 from recbole.utils.case_study import full_sort_scores, full_sort_topk
 
 from recbole_holo.bridge import registry
-from recbole_holo.bridge.checkpoint import CheckpointError, load
+from recbole_holo.bridge.checkpoint import CheckpointError, load, save
 from recbole_holo.bridge.config import Config
 from recbole_holo.bridge.errors import ConfigError, NonFiniteLoss
 from recbole_holo.data.loader import create_dataset, data_preparation
@@ -62,6 +63,21 @@ def test_the_checkpoint_rebuilds_its_own_settings(
     monkeypatch.setattr(Config, "_read_yaml", lambda self, path: {"hidden_size": 4, "MAX_ITEM_LIST_LENGTH": 3})
     config = load_data_and_model(checkpoint)[0]
     assert (config["seed"], config["hidden_size"], config["MAX_ITEM_LIST_LENGTH"]) == (7, 16, 10)
+
+
+def test_a_checkpoint_cannot_name_a_pickle_to_load(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
+    class Exploit:
+        def __reduce__(self):
+            return Path.touch, (Path("exploited"),)
+
+    path = run("RecMamba", cyclic_dataset, config_dict=tiny)["report"]["checkpoint"]
+    for name in ("evil.pth", f"saved/{cyclic_dataset}-for-RecMamba-dataloader.pth"):
+        Path(name).write_bytes(pickle.dumps(Exploit()))
+    state = load(path)
+    state["config"]["given"] |= {"dataset_save_path": "evil.pth", "dataloaders_save_path": "evil.pth"}
+    save(state, "stranger.pth")
+    load_data_and_model("stranger.pth")
+    assert not Path("exploited").exists()
 
 
 @pytest.mark.parametrize("train_on", ["sequences", "prefixes"])

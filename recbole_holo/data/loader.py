@@ -55,7 +55,9 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
     """
     if config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
         return recbole_data_preparation(config, dataset)
-    saved = load_split_dataloaders(config)
+    # RecBole would also unpickle a file of the right name that merely lies in checkpoint_dir.
+    wanted = config["dataloaders_save_path"] or config["save_dataloaders"]
+    saved = load_split_dataloaders(config) if wanted else None
     if saved is not None:
         dataset._change_feat_format()
         return saved
