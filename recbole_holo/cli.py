@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from recbole_holo.bridge.checkpoint import CheckpointError
-from recbole_holo.bridge.errors import ConfigError, DataError, MissingExtra, NonFiniteLoss
+from recbole_holo.errors import ConfigError, DataError, MissingExtra, NonFiniteLoss
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,10 +16,11 @@ from recbole.utils import init_logger, init_seed
 from recbole_holo.bridge import checkpoint, registry
 from recbole_holo.bridge.compat import quiet_recbole
 from recbole_holo.bridge.config import Config
-from recbole_holo.bridge.errors import ConfigError
 from recbole_holo.data.loader import create_dataset, data_preparation
+from recbole_holo.errors import ConfigError
 from recbole_holo.ops import backend
 from recbole_holo.reporting import write_report
+from recbole_holo.training.trainer import HoloTrainer, get_trainer_class
 
 Files = Sequence[str | os.PathLike[str]] | None
 # Settings that make RecBole unpickle files; a stranger's checkpoint may not choose them.
@@ -185,12 +186,9 @@ def _build_model(config: Config, train_data: Any) -> Any:
 
 
 def _build_trainer(config: Config, model: Any) -> Any:
-    trainer_class = registry.get_trainer_class(config)
-    if not config["single_spec"]:
-        from recbole_holo.training.trainer import HoloTrainer
-
-        if not issubclass(trainer_class, HoloTrainer):
-            raise ConfigError("nproc", config["nproc"], f"{config['model']} has a trainer of its own; use one process")
+    trainer_class = get_trainer_class(config)
+    if not config["single_spec"] and not issubclass(trainer_class, HoloTrainer):
+        raise ConfigError("nproc", config["nproc"], f"{config['model']} has a trainer of its own; use one process")
     return trainer_class(config, model)
 
 

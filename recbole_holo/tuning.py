@@ -39,7 +39,7 @@ from tabulate import tabulate
 
 from recbole_holo.bridge import resources
 from recbole_holo.bridge.compat import installed_version, quiet_recbole, release
-from recbole_holo.bridge.errors import ConfigError, MissingExtra, NonFiniteLoss, nearest
+from recbole_holo.errors import ConfigError, MissingExtra, NonFiniteLoss, nearest
 
 Objective = Callable[[dict[str, Any], "list[str] | None"], dict[str, Any]]
 

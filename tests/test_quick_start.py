@@ -20,10 +20,10 @@ from recbole.utils.case_study import full_sort_scores, full_sort_topk
 from recbole_holo.bridge import registry
 from recbole_holo.bridge.checkpoint import CheckpointError, load, save
 from recbole_holo.bridge.config import Config
-from recbole_holo.bridge.errors import ConfigError, NonFiniteLoss
 from recbole_holo.data.loader import create_dataset, data_preparation
+from recbole_holo.errors import ConfigError, NonFiniteLoss
 from recbole_holo.quick_start import load_data_and_model, objective_function, run
-from recbole_holo.training.trainer import HoloTrainer
+from recbole_holo.training.trainer import HoloTrainer, get_trainer_class
 
 OURS = list(registry.MODELS)
 
@@ -42,7 +42,7 @@ def test_train_report_reload(model: str, mode: str, cyclic_dataset: str, tiny: d
     assert on_disk["seed"] == on_disk["config"]["seed"]
 
     config, net, dataset, train, valid, test = load_data_and_model(report["checkpoint"])
-    trainer = registry.get_trainer_class(config)(config, net)
+    trainer = get_trainer_class(config)(config, net)
     trainer.eval_collector.data_collect(train)
     assert trainer.evaluate(test, load_best_model=False) == result["test_result"]
     assert trainer.evaluate(valid, load_best_model=False) == result["best_valid_result"]
@@ -160,9 +160,7 @@ def test_recbole_models_of_every_kind_run_and_reload(
     result = run(model, cyclic_dataset, config_dict={**tiny, "epochs": 1, "load_col": load, **settings})
     checkpoint = next(Path("saved").glob("*-1.pth")) if model == "S3Rec" else result["report"]["checkpoint"]
     config, net, _, _, _, test = load_data_and_model(checkpoint)
-    assert (
-        registry.get_trainer_class(config)(config, net).evaluate(test, load_best_model=False) == result["test_result"]
-    )
+    assert get_trainer_class(config)(config, net).evaluate(test, load_best_model=False) == result["test_result"]
 
 
 def test_recbole_checkpoints(cyclic_dataset: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +168,7 @@ def test_recbole_checkpoints(cyclic_dataset: str, tiny: dict[str, Any], monkeypa
     settings = {**tiny, "train_neg_sample_args": None}
     ours = run("GRU4Rec", cyclic_dataset, config_dict=settings)
     config, net, _, train, _, test = load_data_and_model(ours["report"]["checkpoint"])
-    trainer = registry.get_trainer_class(config)(config, net)
+    trainer = get_trainer_class(config)(config, net)
     assert trainer.evaluate(test, load_best_model=False) == ours["test_result"]
 
     config = RecBoleConfig("GRU4Rec", cyclic_dataset, config_dict=settings)
@@ -184,7 +182,7 @@ def test_recbole_checkpoints(cyclic_dataset: str, tiny: dict[str, Any], monkeypa
         load_data_and_model(theirs.saved_model_file)
     with pytest.warns(UserWarning, match="can run code"):
         config, net, _, _, _, test = load_data_and_model(theirs.saved_model_file, trust_checkpoint=True)
-    assert registry.get_trainer_class(config)(config, net).evaluate(test, load_best_model=False) == expected
+    assert get_trainer_class(config)(config, net).evaluate(test, load_best_model=False) == expected
 
 
 def test_objective_function_as_recboles_tuning_script_calls_it(

@@ -14,7 +14,7 @@ import torch
 from recbole.trainer import HyperTuning
 
 from recbole_holo import tuning
-from recbole_holo.bridge.errors import ConfigError, NonFiniteLoss
+from recbole_holo.errors import ConfigError, NonFiniteLoss
 from recbole_holo.tuning import Parameter, Tuning, read_space, tune, tune_with_ray
 
 GRID = {"choice": {"learning_rate": [1e-3, 1e-2, 1e-1], "hidden_size": [32, 64]}}

@@ -33,7 +33,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from recbole_holo.bridge.errors import ConfigError, nearest
+from recbole_holo.errors import ConfigError, nearest
 
 DISABLE_VARIABLE = "RECBOLE_HOLO_DISABLE_SHIMS"
 

@@ -17,7 +17,7 @@ from recbole.evaluator import metric_types
 from recbole.utils import ModelType
 
 from recbole_holo.bridge import registry, resources
-from recbole_holo.bridge.errors import ConfigError, nearest, nearest_names
+from recbole_holo.errors import ConfigError, nearest, nearest_names
 from recbole_holo.ops.backend import BACKENDS
 
 # How this run is spread over processes; says nothing about the experiment.

@@ -11,7 +11,7 @@ import torch
 from recbole.utils.enum_type import FeatureType
 from torch import Tensor
 
-from recbole_holo.bridge.errors import DataError, nearest_names
+from recbole_holo.errors import DataError, nearest_names
 
 if TYPE_CHECKING:
     from recbole.data.dataset import Dataset

@@ -7,6 +7,7 @@ import pickle
 from typing import Any
 
 import numpy as np
+import recbole.data.dataset
 import torch
 from recbole.data.dataloader import (
     AbstractDataLoader,
@@ -14,6 +15,7 @@ from recbole.data.dataloader import (
     NegSampleEvalDataLoader,
     TrainDataLoader,
 )
+from recbole.data.dataset import Dataset, KnowledgeBasedDataset, SequentialDataset
 from recbole.data.interaction import Interaction
 from recbole.data.utils import create_samplers, get_dataloader, load_split_dataloaders, save_split_dataloaders
 from recbole.data.utils import data_preparation as recbole_data_preparation
@@ -22,18 +24,41 @@ from recbole.utils.argument_list import dataset_arguments
 
 from recbole_holo.bridge import registry
 from recbole_holo.bridge.config import overridden
-from recbole_holo.bridge.errors import ConfigError, DataError
+from recbole_holo.data.repairs import RepairedDataset
+from recbole_holo.data.sequences import PrefixDataset, SequenceDataset
+from recbole_holo.errors import ConfigError, DataError
 from recbole_holo.training import distributed
 from recbole_holo.training.distributed import ShardedTrainDataLoader
 
+# Models of RecBole that read the padded histories of all rows from the data set, besides their batches.
+READS_PADDED_LISTS = frozenset({"FEARec"})
+
+
+def get_dataset_class(config) -> type:
+    """The data set class of a configuration's model.
+
+    This package's models read whole sequences; RecBole's sequential models get RecBole's rows, gathered lazily; models
+    with a data set class of their own keep it, with the repairs of :class:`RepairedDataset` mixed in.
+    """
+    model, family = config["model"], config["MODEL_TYPE"]
+    if registry.is_ours(model):
+        return SequenceDataset
+    base = getattr(recbole.data.dataset, f"{model}Dataset", None)
+    if base is None and family == ModelType.SEQUENTIAL and model not in READS_PADDED_LISTS:
+        return PrefixDataset
+    if base is None:
+        families = {ModelType.KNOWLEDGE: KnowledgeBasedDataset, ModelType.SEQUENTIAL: SequentialDataset}
+        base = families.get(family, Dataset)
+    return type(base.__name__, (RepairedDataset, base), {"__module__": __name__})
+
 
 def create_dataset(config) -> Any:
-    """The filtered, remapped data set of ``config``; its class follows from the model (see ``bridge.registry``).
+    """The filtered, remapped data set of ``config``, of the class that its model needs.
 
     ``dataset_save_path`` names a data set saved before with ``save_dataset`` (a pickle: load only your own), used when
     it was made with the same settings.
     """
-    dataset_class = registry.get_dataset_class(config)
+    dataset_class = get_dataset_class(config)
     saved = config["dataset_save_path"]
     if saved and os.path.exists(saved):
         with open(saved, "rb") as file:

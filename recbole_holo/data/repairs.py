@@ -18,7 +18,7 @@ from recbole.utils import ModelType
 from recbole.utils.enum_type import FeatureSource, FeatureType
 from recbole.utils.url import decide_download, download_url, extract_zip, rename_atomic_files
 
-from recbole_holo.bridge.errors import DataError, nearest_names
+from recbole_holo.errors import DataError, nearest_names
 
 
 class RepairedDataset(Dataset):

@@ -12,10 +12,10 @@ from recbole.utils.enum_type import FeatureSource, FeatureType
 from scipy.sparse import spmatrix
 from torch import Tensor
 
-from recbole_holo.bridge.errors import ConfigError, DataError, nearest
 from recbole_holo.data import TARGETS_SUFFIX
 from recbole_holo.data.attributes import ItemAttribute, item_attribute
 from recbole_holo.data.repairs import RepairedDataset
+from recbole_holo.errors import ConfigError, DataError, nearest
 
 HISTORY_START = "_history_start"  # row of a history's first event among all events
 TARGETS_FROM = "_targets_from"  # row of the first event that is a target of a training window

@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from recbole_holo.bridge.errors import ConfigError, nearest
+from recbole_holo.errors import ConfigError, nearest
 
 SSM_INITS = ("official", "linear", "recbole", "xavier")
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.errors import ConfigError
 from recbole_holo.layers.init import initialise_ssm
 from recbole_holo.ops.mamba_inner import mamba_inner
 

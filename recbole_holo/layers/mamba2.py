@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.errors import ConfigError
 from recbole_holo.layers.init import initialise_ssm, mark_no_weight_decay
 from recbole_holo.layers.mamba import check_sizes
 from recbole_holo.ops.mamba_inner import mamba2_inner

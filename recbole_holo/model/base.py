@@ -9,8 +9,8 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor, nn
 
-from recbole_holo.bridge.errors import ConfigError, nearest
 from recbole_holo.data import TARGETS_SUFFIX
+from recbole_holo.errors import ConfigError, nearest
 from recbole_holo.ops import losses
 
 LOSSES = ("CE", "BPR", "BCE", "InfoNCE")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.errors import ConfigError
 from recbole_holo.layers import LatentMamba2
 from recbole_holo.layers.gated_ffn import SwiGLU
 from recbole_holo.layers.rope import rotary

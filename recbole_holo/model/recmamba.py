@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.errors import ConfigError
 from recbole_holo.layers import Mamba
 from recbole_holo.layers.gated_ffn import FeedForward
 from recbole_holo.model.base import SequenceRecommender, item_table, one_of, positive_int, positive_number, probability

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recbole_holo.bridge.errors import ConfigError, nearest
+from recbole_holo.errors import ConfigError, nearest
 
 BACKENDS = ("auto", "cuda", "cpu", "reference")
 INSTALL_KERNELS = "pip install --no-build-isolation 'mamba-ssm>=2.2.5,<2.4' 'causal-conv1d>=1.5.1,<2' (torch first)"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recbole_holo.bridge.errors import ConfigError, nearest
+from recbole_holo.errors import ConfigError, nearest
 from recbole_holo.ops.backend import working
 
 SCALES = ("none", "ortho")

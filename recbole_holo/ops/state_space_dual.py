@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.errors import ConfigError
 from recbole_holo.ops import backend
 
 

@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from recbole.data.dataloader import FullSortEvalDataLoader
 from recbole.trainer import Trainer
-from recbole.utils import set_color
+from recbole.utils import get_trainer, set_color
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from recbole_holo.bridge import checkpoint
+from recbole_holo.bridge import checkpoint, registry
 from recbole_holo.bridge.config import overridden
-from recbole_holo.bridge.errors import ConfigError, NonFiniteLoss
+from recbole_holo.errors import ConfigError, NonFiniteLoss
 from recbole_holo.training import distributed
 
 
@@ -275,3 +275,11 @@ class HoloTrainer(SafeCheckpoints, Trainer):
 
     def _map_reduce(self, result: dict[str, float], num_sample: int) -> dict[str, float]:
         return result  # the rows of all processes were gathered before the metrics were computed
+
+
+def get_trainer_class(config) -> type[Trainer]:
+    """The trainer of a configuration's model: RecBole's, with safe checkpoints and exact resuming mixed in."""
+    base = Trainer if registry.is_ours(config["model"]) else get_trainer(config["MODEL_TYPE"], config["model"])
+    if base is Trainer:
+        return HoloTrainer
+    return type(base.__name__, (SafeCheckpoints, base), {"__module__": __name__})

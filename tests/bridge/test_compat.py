@@ -18,7 +18,7 @@ import pytest
 from scipy.sparse import coo_matrix, dok_matrix
 
 from recbole_holo.bridge import compat
-from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 

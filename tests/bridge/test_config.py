@@ -11,7 +11,7 @@ import pytest
 
 from recbole_holo.bridge import registry, resources
 from recbole_holo.bridge.config import Config
-from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.errors import ConfigError
 
 
 def test_precedence_lowest_to_highest(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from recbole.data import data_preparation as recbole_data_preparation
 
 from recbole_holo.bridge import registry
 from recbole_holo.bridge.config import Config
-from recbole_holo.bridge.errors import ConfigError, DataError
 from recbole_holo.data.loader import create_dataset, data_preparation
 from recbole_holo.data.sequences import training_windows
+from recbole_holo.errors import ConfigError, DataError
 from recbole_holo.layers.holographic import AttributeEmbedding
 
 LEAVE_ONE_OUT = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}

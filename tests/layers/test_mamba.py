@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.errors import ConfigError
 from recbole_holo.layers import SSM_INITS, LatentMamba2, Mamba, Mamba2
 
 # As documented for mamba_ssm.Mamba(64) and mamba_ssm.Mamba2(64, d_state=64, headdim=64).

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from recbole.data.interaction import Interaction
 from torch import Tensor, nn
 
-from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.errors import ConfigError
 from recbole_holo.layers import Mamba
 from recbole_holo.layers.gated_ffn import FeedForward, SwiGLU
 from recbole_holo.layers.rope import rotary

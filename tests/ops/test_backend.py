@@ -3,7 +3,7 @@ import logging
 import pytest
 import torch
 
-from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.errors import ConfigError
 from recbole_holo.ops import backend, causal_conv1d
 from recbole_holo.ops.backend import choose, kernel_status, report, set_backend
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.errors import ConfigError
 from recbole_holo.ops import causal_conv1d
 from recbole_holo.ops.causal_conv1d import _causal_conv1d_shifted, causal_conv1d_reference
 

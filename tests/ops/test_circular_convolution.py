@@ -4,7 +4,7 @@ import importlib
 import pytest
 import torch
 
-from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.errors import ConfigError
 from recbole_holo.ops import bind, circular_convolution, circular_correlation, unbind, unitary
 
 WIDTHS = (1, 2, 7, 16, 33)

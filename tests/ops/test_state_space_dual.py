@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recbole_holo.bridge.errors import ConfigError
+from recbole_holo.errors import ConfigError
 from recbole_holo.ops import backend, state_space_dual
 from recbole_holo.ops.selective_scan import selective_scan_reference
 from recbole_holo.ops.state_space_dual import state_space_dual_reference
