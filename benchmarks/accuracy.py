@@ -108,7 +108,9 @@ def render(name: str, table: dict[str, Any]) -> str:
         )
         for c in cells:
             packages = ", ".join(f"{k} {c['versions'][k]}" for k in ("recbole", "torch", "numba") if c["versions"][k])
-            sources.add(f"{c['date'][:10]}; {c['device']}, {c['machine']}; {packages}; commit {c['git_commit'][:8]}")
+            sources.add(
+                f"{c['date'][:10]}; {c['device']}, {c['machine']}; {packages}; commit {_short(c['git_commit'])}"
+            )
     head = ["model", *(f"test {m}" for m in table["report"]), "parameters", "without item tables", "s/epoch", "seeds"]
     text = tabulate(lines, headers=head, tablefmt="github", disable_numparse=True)
     document = f"# {table['title']}\n\n{table['protocol'].strip()}\n\n{text}\n\n"
@@ -123,6 +125,13 @@ def render(name: str, table: dict[str, Any]) -> str:
         document += f"\n{table['notes'].strip()}\n"
     (RESULTS / f"{name}.md").write_text(document, encoding="utf-8")
     return text
+
+
+def _short(commit: str | None) -> str:
+    """The start of a commit; ``+`` stays: files that git tracks were changed."""
+    if commit is None:
+        return "unknown (no checkout)"
+    return commit[:8] + ("+" if commit.endswith("+") else "")
 
 
 def _mean_and_deviation(values: list[float]) -> str:

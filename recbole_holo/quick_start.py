@@ -193,7 +193,8 @@ def _build_trainer(config: Config, model: Any) -> Any:
 
 
 def _check_writable(config: Config) -> None:
-    for folder in (config["checkpoint_dir"], "log", "log_tensorboard"):
+    # With the model's own log folder: RecBole's way of making it fails when two processes try at once.
+    for folder in (config["checkpoint_dir"], os.path.join("log", config["model"]), "log_tensorboard"):
         try:
             os.makedirs(folder, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):

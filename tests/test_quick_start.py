@@ -274,10 +274,11 @@ def test_weight_decay_spares_the_state_space(cyclic_dataset: str, tiny: dict[str
 def test_two_processes_equal_one(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
     settings = {**tiny, "dropout_prob": 0.0, "epochs": 3, "item_attributes": ["genre"]}
     for train_on in ("sequences", "prefixes"):
-        one = run("HoloMambaRec", cyclic_dataset, config_dict={**settings, "train_on": train_on})
+        # First, in a fresh directory: the processes make the folders of logs together.
         two = run(
             "HoloMambaRec", cyclic_dataset, config_dict={**settings, "train_on": train_on}, nproc=2, port=_free_port()
         )
+        one = run("HoloMambaRec", cyclic_dataset, config_dict={**settings, "train_on": train_on})
         assert two["test_result"] == one["test_result"]
         assert two["best_valid_result"] == one["best_valid_result"]
         left, right = load(one["report"]["checkpoint"]), load(two["report"]["checkpoint"])
