@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from recbole_holo.errors import ConfigError
 from recbole_holo.layers.init import initialise_ssm
-from recbole_holo.ops.mamba_inner import mamba_inner
+from recbole_holo.ops.mamba_block import MambaState, MambaWeights, mamba_block, mamba_block_with_state
 
 
 class Mamba(nn.Module):
@@ -70,17 +70,28 @@ class Mamba(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[B, L, d_model]`` → ``[B, L, d_model]``."""
-        return mamba_inner(
-            self.in_proj(hidden),
+        return mamba_block(hidden, self._weights())
+
+    def forward_from(self, hidden: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
+        """The next part of a sequence: ``[B, L, d_model]`` and the state behind it → output and the state after it.
+
+        The state carries no gradient; None is the beginning.
+        """
+        return mamba_block_with_state(hidden, self._weights(), state)
+
+    def _weights(self) -> MambaWeights:
+        return MambaWeights(
+            self.in_proj.weight,
+            self.in_proj.bias,
             self.conv1d.weight.squeeze(1),
             self.conv1d.bias,
             self.x_proj.weight,
             self.dt_proj.weight,
             self.dt_proj.bias,
-            self.out_proj.weight,
-            self.out_proj.bias,
             -torch.exp(self.A_log.float()),
             self.D,
+            self.out_proj.weight,
+            self.out_proj.bias,
         )
 
 

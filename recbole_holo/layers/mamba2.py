@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from recbole_holo.errors import ConfigError
 from recbole_holo.layers.init import initialise_ssm, mark_no_weight_decay
 from recbole_holo.layers.mamba import check_sizes
-from recbole_holo.ops.mamba_inner import mamba2_inner
+from recbole_holo.ops.mamba_block import mamba2_inner
 
 _NORM_EPS = 1e-5
 

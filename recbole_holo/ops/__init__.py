@@ -7,11 +7,20 @@ Each has a plain reference, a fast CPU form and the fused CUDA kernel behind one
 from recbole_holo.ops.causal_conv1d import causal_conv1d
 from recbole_holo.ops.circular_convolution import bind, circular_convolution, circular_correlation, unbind, unitary
 from recbole_holo.ops.losses import bce, bpr, cross_entropy, info_nce, sample_negatives
-from recbole_holo.ops.mamba_inner import gated_rms_norm, mamba2_inner, mamba_inner
-from recbole_holo.ops.selective_scan import selective_scan
+from recbole_holo.ops.mamba_block import (
+    MambaState,
+    MambaWeights,
+    gated_rms_norm,
+    mamba2_inner,
+    mamba_block,
+    mamba_block_with_state,
+)
+from recbole_holo.ops.selective_scan import selective_scan, selective_scan_with_state
 from recbole_holo.ops.state_space_dual import state_space_dual
 
 __all__ = [
+    "MambaState",
+    "MambaWeights",
     "bce",
     "bind",
     "bpr",
@@ -22,9 +31,11 @@ __all__ = [
     "gated_rms_norm",
     "info_nce",
     "mamba2_inner",
-    "mamba_inner",
+    "mamba_block",
+    "mamba_block_with_state",
     "sample_negatives",
     "selective_scan",
+    "selective_scan_with_state",
     "state_space_dual",
     "unbind",
     "unitary",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from recbole_holo.errors import ConfigError, nearest
+from recbole_holo.ops import native
 
 BACKENDS = ("auto", "cuda", "cpu", "reference")
 INSTALL_KERNELS = "pip install --no-build-isolation 'mamba-ssm>=2.2.5,<2.4' 'causal-conv1d>=1.5.1,<2' (torch first)"
@@ -44,10 +45,10 @@ class _Kernel:
 
 @dataclass(frozen=True)
 class _Operation:
-    """The implementations of one operation: on CUDA, on a CPU, and where neither can be used."""
+    """The implementations of one operation: on CUDA, on a CPU (the best first), and where none can be used."""
 
     kernel: _Kernel
-    cpu: str
+    cpu: tuple[str, ...]
     plain: str
 
 
@@ -55,22 +56,24 @@ _SCAN_MODULE = "mamba_ssm.ops.selective_scan_interface"
 _SSD_MODULE = "mamba_ssm.ops.triton.ssd_combined"
 _OPERATIONS = {
     "selective_scan": _Operation(
-        _Kernel("mamba-ssm", _SCAN_MODULE, "selective_scan_fn", ("selective_scan_cuda",)), "numba", "reference"
+        _Kernel("mamba-ssm", _SCAN_MODULE, "selective_scan_fn", ("selective_scan_cuda",)),
+        ("native", "numba"),
+        "reference",
     ),
     "causal_conv1d": _Operation(
-        _Kernel("causal-conv1d", "causal_conv1d", "causal_conv1d_fn", ("causal_conv1d_cuda",)), "numba", "torch"
+        _Kernel("causal-conv1d", "causal_conv1d", "causal_conv1d_fn", ("causal_conv1d_cuda",)), ("numba",), "torch"
     ),
     "state_space_dual": _Operation(
-        _Kernel("mamba-ssm", _SSD_MODULE, "mamba_chunk_scan_combined", ("triton",)), "torch", "torch"
+        _Kernel("mamba-ssm", _SSD_MODULE, "mamba_chunk_scan_combined", ("triton",)), ("torch",), "torch"
     ),
-    "mamba_inner": _Operation(
+    "mamba_block": _Operation(
         _Kernel("mamba-ssm", _SCAN_MODULE, "mamba_inner_fn", ("selective_scan_cuda", "causal_conv1d_cuda")),
-        "composed",
+        ("native", "composed"),
         "composed",
     ),
     "mamba2_inner": _Operation(
         _Kernel("mamba-ssm", _SSD_MODULE, "mamba_split_conv1d_scan_combined", ("triton", "causal_conv1d_cuda")),
-        "composed",
+        ("composed",),
         "composed",
     ),
 }
@@ -108,8 +111,8 @@ def choose(op: str, tensor: Tensor) -> str:
     """The implementation of ``op`` for tensors like ``tensor``.
 
     Returns:
-        ``mamba-ssm`` or ``causal-conv1d`` (fused CUDA kernels), ``numba`` or ``torch`` (fast CPU forms), ``composed``
-        (a whole block put together from other operations, each chosen for itself), or ``reference``.
+        ``mamba-ssm`` or ``causal-conv1d`` (fused CUDA kernels), ``native``, ``numba`` or ``torch`` (CPU forms),
+        ``composed`` (a whole block put together from other operations, each chosen for itself), or ``reference``.
 
     Raises:
         ConfigError: the backend ``cuda`` is set and cannot be had; the message says why.
@@ -134,12 +137,13 @@ def report() -> dict[str, str]:
 
 
 def kernel_status() -> dict[str, str]:
-    """For mamba-ssm, causal-conv1d and numba: the version found, or why it cannot be used."""
+    """For mamba-ssm, causal-conv1d, the C++ kernels and numba: what was found, or why it cannot be used."""
     status = {}
     for package in ("mamba-ssm", "causal-conv1d"):
         mine = [op for op, operation in _OPERATIONS.items() if operation.kernel.package == package]
         reasons = dict.fromkeys(reason for _, reason in map(_load_kernel, mine) if reason)
         status[package] = "; ".join(reasons) or _version(package)
+    status["native"] = native.problem() or "compiled"
     status["numba"] = _numba_problem() or _version("numba")
     return status
 
@@ -155,6 +159,12 @@ def note(op: str, implementation: str, why: str = "") -> None:
 def working(tensor: Tensor) -> Tensor:
     """``tensor`` in the type that recurrences are computed in: float32, or float64 where it is that already."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def product_type(tensor: Tensor) -> torch.dtype:
+    """The type that a matrix product with ``tensor`` would have: autocast's, if that is on."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -200,11 +210,17 @@ def _choose_kernel(op: str, tensor: Tensor) -> tuple[str, str]:
 def _choose_cpu(operation: _Operation, dtype: torch.dtype) -> tuple[str, str]:
     if dtype == torch.float64:
         return _reference(operation), "the fast CPU forms are float32, the tensors float64"
-    reason = _numba_problem() if operation.cpu == "numba" else ""
-    if reason:
-        _warn_once(f"No fast CPU kernel, a much slower form runs instead: {reason}", reason)
-        return operation.plain, reason
-    return operation.cpu, ""
+    problems = {"native": native.problem, "numba": _numba_problem}
+    reasons: list[str] = []
+    for form in operation.cpu:
+        reason = problems[form]() if form in problems else ""
+        if not reason:
+            if reasons:
+                _warn_once(f"A slower form runs on the CPU ({form}): {'; '.join(reasons)}", reasons[0])
+            return form, "; ".join(reasons)
+        reasons.append(reason)
+    _warn_once(f"No fast CPU kernel, a much slower form runs instead: {'; '.join(reasons)}", reasons[-1])
+    return operation.plain, "; ".join(reasons)
 
 
 def _reference(operation: _Operation) -> str:

@@ -41,9 +41,81 @@ def selective_scan(
     implementation = backend.choose("selective_scan", u)
     if implementation == "mamba-ssm":
         return _selective_scan_cuda(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if implementation == "native":
+        return _selective_scan_native(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None)[0]
     if implementation == "numba":
         return _selective_scan_numba(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+
+def selective_scan_with_state(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`selective_scan` from a state h_{-1} to the state h_{L-1}; gradients pass through both.
+
+    Args:
+        initial_state: ``[batch, D, N]``; zeros if None.
+
+    Returns:
+        ``[batch, L, D]`` in the type of ``u``, and ``[batch, D, N]`` in float32 (float64 inputs: float64).
+    """
+    implementation = backend.choose("selective_scan", u)
+    if implementation == "native":
+        return _selective_scan_native(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+    if implementation == "reference":
+        return _reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+    return _with_state_steps(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+
+
+def _with_state_steps(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """For kernels that know no state: N steps more in front write it, N more behind read it.
+
+    A step in front has so small a step size that nothing decays, an input as much larger, and B picks one state. A step
+    behind has step size 0, so nothing changes, and C picks one state.
+    """
+    dtype, (batch, length, _), order = u.dtype, u.shape, A.shape[1]
+    u, delta, B, C = (t.float() for t in (u, delta, B, C))
+    if delta_bias is not None:
+        delta = delta + delta_bias
+    if delta_softplus:
+        delta = F.softplus(delta)
+    small = 2.0**-30
+    pick = torch.eye(order, device=u.device).expand(batch, order, order)  # [batch, step, state]
+    nothing = u.new_zeros(batch, order, u.shape[2])
+    written = nothing if initial_state is None else initial_state.float().transpose(1, 2) / small
+    y = selective_scan(
+        torch.cat([written, u, nothing], 1),
+        torch.cat([nothing + small, delta, nothing], 1),
+        A,
+        torch.cat([pick, B, pick], 1),
+        torch.cat([pick, C, pick], 1),
+    )
+    y, last = y[:, order : order + length], y[:, order + length :].transpose(1, 2)
+    if D is not None:
+        y = y + D * u
+    if z is not None:
+        y = y * F.silu(z.float())
+    return y.to(dtype), last
 
 
 def selective_scan_reference(
@@ -58,6 +130,21 @@ def selective_scan_reference(
     delta_softplus: bool = False,
 ) -> Tensor:
     """:func:`selective_scan` step by step, by plain operations, for any device and floating type."""
+    return _reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None)[0]
+
+
+def _reference(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     dtype = u.dtype
     with backend.without_autocast(u):
         u, delta, A, B, C = (backend.working(t) for t in (u, delta, A, B, C))
@@ -65,18 +152,37 @@ def selective_scan_reference(
             delta = delta + delta_bias
         if delta_softplus:
             delta = F.softplus(delta)
-        h, outputs = u.new_zeros(u.shape[0], *A.shape), []
+        h = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state.to(u.dtype)
+        outputs = []
         # unbind, not indexing: the gradient of x[:, t] is a zero tensor as large as x for every t, quadratic in L.
         steps = (t.unbind(1) for t in (delta, delta * u, B, C))
         for delta_t, x_t, b_t, c_t in zip(*steps, strict=True):
             h = torch.exp(delta_t.unsqueeze(-1) * A) * h + x_t.unsqueeze(-1) * b_t.unsqueeze(1)  # [batch, D, N]
             outputs.append(torch.matmul(h, c_t.unsqueeze(-1)).squeeze(-1))
-        y = torch.stack(outputs, 1)
+        y = torch.stack(outputs, 1) if outputs else torch.zeros_like(u)
         if D is not None:
             y = y + D * u
         if z is not None:
             y = y * F.silu(backend.working(z))
-    return y.to(dtype)
+    return y.to(dtype), h
+
+
+def _selective_scan_native(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from recbole_holo.ops._selective_scan_native import selective_scan_native  # compiles, so only when it is needed
+
+    y, last = selective_scan_native(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+    return y.to(u.dtype), last
 
 
 def _selective_scan_numba(

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from recbole_holo.layers import LatentMamba2, Mamba, Mamba2
 from recbole_holo.ops import (
+    MambaWeights,
     backend,
     bind,
     causal_conv1d,
     cross_entropy,
     info_nce,
     mamba2_inner,
-    mamba_inner,
+    mamba_block,
     sample_negatives,
     selective_scan,
     state_space_dual,
@@ -135,13 +136,26 @@ def test_state_space_dual(dtype, length, heads, width, groups, order):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_mamba_inner(length):
-    needs("mamba_inner")
-    block = Mamba(64)
-    inputs = [torch.randn(3, length, 256), block.conv1d.weight.squeeze(1), block.conv1d.bias, block.x_proj.weight]
-    inputs += [block.dt_proj.weight, block.dt_proj.bias, block.out_proj.weight, torch.randn(64), rates(128, 16)]
-    compare(mamba_inner, [t.detach() for t in [*inputs, block.D]], torch.float32, typed=())
-    assert "mamba-ssm" in backend.report()["mamba_inner"]
+def test_mamba_block(length):
+    needs("mamba_block")
+    weights = [None if t is None else t.detach() for t in Mamba(64, bias=True)._weights()]
+
+    def run(hidden, *weights):
+        return mamba_block(hidden, MambaWeights(*weights))
+
+    compare(run, [torch.randn(3, length, 64), *weights], torch.float32, typed=())
+    assert "mamba-ssm" in backend.report()["mamba_block"]
+
+
+def test_parts_of_a_sequence_give_the_whole():
+    """The kernels know no state: steps in front of a part write it, steps behind it read it."""
+    needs("mamba_block")
+    block, hidden = Mamba(64).cuda(), torch.randn(3, 200, 64, device="cuda")
+    state, outputs = None, []
+    for part in hidden.split([1, 63, 136], 1):
+        out, state = block.forward_from(part, state)
+        outputs.append(out)
+    torch.testing.assert_close(torch.cat(outputs, 1), block(hidden), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -227,7 +241,7 @@ def test_without_kernels(name):
 
 
 def test_insisting_on_kernels():
-    for op in ("selective_scan", "causal_conv1d", "mamba_inner"):
+    for op in ("selective_scan", "causal_conv1d", "mamba_block"):
         needs(op)
     backend.set_backend("cuda")
     assert Mamba(16).cuda()(torch.randn(2, 5, 16, device="cuda")).isfinite().all()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recbole_holo.errors import ConfigError
-from recbole_holo.ops import backend, causal_conv1d
+from recbole_holo.ops import backend, causal_conv1d, native
 from recbole_holo.ops.backend import choose, kernel_status, report, set_backend
 
 CPU = torch.zeros(1)
@@ -28,10 +28,10 @@ def _fresh_process(monkeypatch):
 
 
 def test_automatic_choice_on_a_cpu():
-    assert choose("selective_scan", CPU) == "numba"
+    assert choose("selective_scan", CPU) == "native"
     assert choose("causal_conv1d", CPU.bfloat16()) == "numba"
     assert choose("state_space_dual", CPU) == "torch"
-    assert choose("mamba_inner", CPU) == "composed"
+    assert choose("mamba_block", CPU) == "native"
     assert choose("selective_scan", CPU.double()) == "reference"
 
 
@@ -49,16 +49,16 @@ def test_choices_are_logged_once(caplog):
             choose("selective_scan", CPU)
             choose("selective_scan", CPU.double())
     assert [r.getMessage().split()[:2] for r in caplog.records] == [
-        ["selective_scan:", "numba"],
+        ["selective_scan:", "native"],
         ["selective_scan:", "reference"],
     ]
     assert "float64" in caplog.text
 
 
 def test_report_names_versions():
-    choose("selective_scan", CPU)
-    choose("selective_scan", CPU.double())
-    numba, reference = report()["selective_scan"].split(", ")
+    choose("causal_conv1d", CPU)
+    choose("causal_conv1d", CPU.double())
+    numba, reference = report()["causal_conv1d"].split(", ")
     assert numba.startswith("numba 0.")
     assert reference == "reference"
 
@@ -78,7 +78,7 @@ def test_cuda_backend_refuses_cpu_tensors():
 @pytest.mark.skipif(not NO_KERNELS, reason="mamba-ssm is installed")
 def test_missing_kernels_are_said_once(caplog):
     with caplog.at_level(logging.WARNING, "recbole_holo"):
-        for op in ("selective_scan", "mamba_inner"):
+        for op in ("selective_scan", "mamba_block"):
             for dtype in (torch.float32, torch.bfloat16):
                 assert choose(op, OnCuda(dtype)) in ("reference", "composed")
     (record,) = caplog.records
@@ -107,7 +107,17 @@ def test_kernels_do_not_take_double(monkeypatch):
         choose("selective_scan", OnCuda(torch.float64))
 
 
+def test_no_compiler_is_said_and_replaced(monkeypatch, caplog):
+    monkeypatch.setattr(native, "problem", lambda: "the C++ kernels are not usable: no C++ compiler found")
+    with caplog.at_level(logging.WARNING, "recbole_holo"):
+        assert choose("selective_scan", CPU) == "numba"
+        assert choose("mamba_block", CPU) == "composed"
+    assert caplog.text.count("no C++ compiler found") == 1
+    assert kernel_status()["native"] == "the C++ kernels are not usable: no C++ compiler found"
+
+
 def test_broken_numba_is_said_and_replaced(monkeypatch, caplog):
+    monkeypatch.setattr(native, "problem", lambda: "the C++ kernels are not usable: no C++ compiler found")
     monkeypatch.setattr(backend, "_numba_problem", lambda: "numba is not usable: ImportError: broken")
     with caplog.at_level(logging.WARNING, "recbole_holo"):
         assert choose("selective_scan", CPU) == "reference"
@@ -131,7 +141,8 @@ def test_broken_kernels_keep_their_reason(monkeypatch):
 
 def test_status_has_a_version_or_a_reason_for_each():
     status = kernel_status()
-    assert list(status) == ["mamba-ssm", "causal-conv1d", "numba"]
+    assert list(status) == ["mamba-ssm", "causal-conv1d", "native", "numba"]
+    assert status["native"] == "compiled"
     assert status["numba"].startswith("numba 0.")
     for name in ("mamba-ssm", "causal-conv1d"):
         assert status[name].startswith(name)

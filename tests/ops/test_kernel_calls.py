@@ -13,7 +13,7 @@ from torch import Tensor
 from recbole_holo.layers import LatentMamba2, Mamba, Mamba2
 from recbole_holo.ops import backend, causal_conv1d, selective_scan, state_space_dual
 from recbole_holo.ops.causal_conv1d import causal_conv1d_reference
-from recbole_holo.ops.mamba_inner import gated_rms_norm
+from recbole_holo.ops.mamba_block import gated_rms_norm
 from recbole_holo.ops.selective_scan import selective_scan_reference
 from recbole_holo.ops.state_space_dual import state_space_dual_reference
 
@@ -141,7 +141,7 @@ def mamba_split_conv1d_scan_combined(
 STAND_INS = {
     "selective_scan": selective_scan_fn,
     "causal_conv1d": causal_conv1d_fn,
-    "mamba_inner": mamba_inner_fn,
+    "mamba_block": mamba_inner_fn,
     "state_space_dual": mamba_chunk_scan_combined,
     "mamba2_inner": mamba_split_conv1d_scan_combined,
 }
@@ -170,7 +170,7 @@ def check(module: torch.nn.Module, x: Tensor, calls: list[str], monkeypatch, exp
 
 
 def test_mamba(calls, monkeypatch):
-    check(Mamba(16, d_state=4, bias=True), torch.randn(2, 9, 16), calls, monkeypatch, ["mamba_inner"])
+    check(Mamba(16, d_state=4, bias=True), torch.randn(2, 9, 16), calls, monkeypatch, ["mamba_block"])
 
 
 def test_mamba2(calls, monkeypatch):

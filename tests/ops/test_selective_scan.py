@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import recbole_holo
-from recbole_holo.ops import backend, selective_scan
+from recbole_holo.ops import backend, native, selective_scan, selective_scan_with_state
 from recbole_holo.ops.selective_scan import selective_scan_reference
 
 LENGTHS = (1, 2, 3, 7, 33, 64, 65, 200)
@@ -31,6 +31,17 @@ def scan_inputs(batch: int, length: int, width: int, order: int) -> list[Tensor]
         draw(batch, length, width),
         step + torch.log(-torch.expm1(-step)),
     ]
+
+
+@pytest.fixture(autouse=True, params=["native", "numba"])
+def _form(request, monkeypatch):
+    """Each test runs on both CPU forms."""
+    monkeypatch.setattr(backend, "_chosen", {})
+    if request.param == "numba":
+        monkeypatch.setattr(native, "problem", lambda: "no compiler in this test")
+    yield
+    used = [form for (op, _, dtype), form in backend._chosen.items() if op == "selective_scan" and dtype.itemsize < 8]
+    assert set(used) <= {request.param, "reference"}
 
 
 softplus_scan = partial(selective_scan, delta_softplus=True)
@@ -116,6 +127,47 @@ def test_strided_inputs(compare):
     u, _, A, _, _, D, _, bias = scan_inputs(3, 20, 10, 4)
     inputs = [torch.cat([u, u.flip(1)], -1), torch.randn(3, 20, 18, dtype=torch.float64), A, D, bias]
     compare(sliced(softplus_scan), sliced(softplus_reference), inputs)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_from_a_state_to_a_state(compare, threads):
+    """Values and gradients of both, also where channels have to be shared out to feed the threads."""
+    *inputs, D, z, bias = scan_inputs(2, 37, 40, 5)
+    initial = torch.randn(2, 40, 5, dtype=torch.float64)
+
+    def run(*arguments):
+        *given, initial = arguments
+        y, last = selective_scan_with_state(*given, delta_softplus=True, initial_state=initial)
+        return torch.cat([y, last.transpose(1, 2).to(y.dtype)], 1)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        compare(run, run, [*inputs, D, z, bias, initial])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_parts_of_a_sequence_give_the_whole():
+    u, delta, A, B, C, D, z, bias = (t.float() for t in scan_inputs(2, 150, 20, 6))
+    state, outputs = None, []
+    for part in torch.arange(150).split([1, 3, 80, 66]):
+        timed = [t[:, part] for t in (u, delta)], [t[:, part] for t in (B, C)]
+        y, state = selective_scan_with_state(
+            *timed[0], A, *timed[1], D, z[:, part], bias, delta_softplus=True, initial_state=state
+        )
+        outputs.append(y)
+    expected = softplus_reference(*(t.double() for t in (u, delta, A, B, C, D, z, bias)))
+    torch.testing.assert_close(torch.cat(outputs, 1).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_slow_decays_do_not_drift():
+    """A state that hardly decays is the same after 20,000 steps: rounding of the decay must not have a direction."""
+    length, A = 20_000, torch.full((16, 4), -1e-7)
+    u, delta = torch.zeros(1, length, 16), torch.full((1, length, 16), 1e-3)
+    B, C = torch.ones(1, length, 4), torch.ones(1, length, 4)
+    _, last = selective_scan_with_state(u, delta, A, B, C, initial_state=torch.ones(1, 16, 4))
+    torch.testing.assert_close(last, torch.ones(1, 16, 4), rtol=1e-5, atol=0)
 
 
 def test_right_pads_change_nothing():

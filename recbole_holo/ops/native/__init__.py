@@ -1,0 +1,176 @@
+"""The CPU kernels in C++, compiled on first use with the machine's own compiler and kept in the user's cache.
+
+Compiling here, not when the package is installed, lets one pure-Python wheel use all instructions of the processor it
+lands on (the width of a vector decides the speed), also from a checkout and in an editable install; it takes some
+seconds once. Without a compiler the numba kernels run instead, slower, and the log says so.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCES = ("mamba.cpp", "selective_scan.cpp")
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-std=c++17", "-O3", "-fno-exceptions", "-fno-math-errno", "-shared", "-fPIC")
+
+
+class NativeError(Exception):
+    """The kernels could not be built or loaded; the message says why."""
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels.
+
+    Raises:
+        NativeError: there is no compiler, or it failed.
+    """
+    try:
+        path = build()
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NativeError(f"{type(error).__name__}: {error}") from error
+    for name in ("lanes", "stretch", "states_together"):
+        getattr(loaded, name).restype = ctypes.c_int64
+    return loaded
+
+
+@cache
+def problem() -> str:
+    """Why the kernels cannot be used; empty if they can."""
+    try:
+        library()
+    except NativeError as error:
+        return f"the C++ kernels are not usable: {error}"
+    return ""
+
+
+def build() -> Path:
+    """The shared library for these sources, this compiler and this processor, compiled if the cache lacks it."""
+    compiler = _compiler()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+    # Compilers shorten vectors where long ones once slowed the clock; without OpenMP there is one thread.
+    attempts = [
+        [*FLAGS, native, *wide, *threads]
+        for wide in (["-mprefer-vector-width=512"], [])
+        for threads in (["-fopenmp"], [])
+    ]
+    folder = Path(__file__).parent
+    key = hashlib.sha256("\0".join([compiler, version, _processor(), str(attempts)]).encode())
+    for source in sorted(folder.glob("*.[ch]*")):
+        key.update(source.read_bytes())
+    for cache_folder in _cache_folders():
+        target = cache_folder / f"kernels-{key.hexdigest()[:20]}.so"
+        if target.exists():
+            return target
+        try:
+            cache_folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache_folder) as scratch:
+                made = Path(scratch) / target.name
+                _compile(compiler, attempts, [folder / source for source in SOURCES], made)
+                os.replace(made, target)  # whole or not at all, also when several processes compile at once
+        except OSError:
+            continue  # not writable: the next folder
+        return target
+    raise NativeError(f"no folder to keep them in is writable: {', '.join(map(str, _cache_folders()))}")
+
+
+def _compiler() -> str:
+    for name in (os.environ.get("CXX", ""), *COMPILERS):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    raise NativeError(f"no C++ compiler found ({', '.join(COMPILERS)}, or the one named by CXX)")
+
+
+def _compile(compiler: str, attempts: list[list[str]], sources: list[Path], target: Path) -> None:
+    failure = ""
+    for flags in attempts:
+        command = [compiler, *flags, *map(str, sources), "-o", str(target)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode == 0:
+            return
+        failure = done.stderr.strip()[-400:]
+    raise NativeError(f"{compiler} failed: {failure}")
+
+
+def _processor() -> str:
+    """What ``native`` means to the compiler: a cache may be shared by unlike machines."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.is_file() else []
+    kinds = [line for line in lines if line.startswith(("model name", "flags", "Features"))]
+    return platform.machine() + platform.processor() + "".join(kinds[:2])
+
+
+def _cache_folders() -> list[Path]:
+    base = os.environ.get("XDG_CACHE_HOME")
+    home = Path(base) if base else Path.home() / ".cache"
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    return [home / "recbole_holo", Path(tempfile.gettempdir()) / f"recbole_holo-{user}"]
+
+
+# ------------------------------------------------------------------ what the callers of the kernels share
+def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    """The memory of a contiguous float32 tensor; 0 for None."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def structure(name: str, numbers: str, pointers: str = "") -> type[ctypes.Structure]:
+    """A C struct of 64-bit integers, then pointers."""
+    fields = [(field, ctypes.c_int64) for field in numbers.split()] + [(f, ctypes.c_void_p) for f in pointers.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+def lanes() -> int:
+    """Channels that a kernel handles at once: widths must be multiples of it."""
+    return int(library().lanes())
+
+
+def stretches(length: int) -> int:
+    """States that a forward pass over ``length`` steps keeps for the backward pass."""
+    return -(-length // int(library().stretch()))
+
+
+def whole(size: int, unit: int) -> int:
+    """``size``, rounded up to a multiple of ``unit``."""
+    return -(-size // unit) * unit
+
+
+def whole_states(order: int) -> int:
+    """``order``, rounded up to what the kernels take."""
+    return whole(order, int(library().states_together()))
+
+
+def pack(states: Tensor) -> Tensor:
+    """``[..., D, N]`` → ``[..., D / lanes, N, lanes]``, contiguous."""
+    return states.unflatten(-2, (-1, lanes())).transpose(-1, -2).contiguous()
+
+
+def unpack(states: Tensor) -> Tensor:
+    """``[..., D / lanes, N, lanes]`` → ``[..., D, N]``."""
+    return states.transpose(-1, -2).flatten(-3, -2)
+
+
+def split(sums: Tensor, shapes: list[tuple[int, ...]]) -> Iterator[Tensor]:
+    """Sums of threads ``[threads, n]`` → their totals in the given shapes."""
+    sizes = [torch.Size(shape).numel() for shape in shapes]
+    parts = sums.sum(0).split(sizes)
+    return (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+
+
+def by_reference(value: Any) -> Any:
+    return ctypes.byref(value)
