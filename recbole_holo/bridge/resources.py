@@ -24,5 +24,7 @@ def dataset_config(dataset: str) -> Path:
 
 
 def presets() -> dict[str, Path]:
-    """Settings that can be named instead of a file: ``HoloMambaRec_paper`` and all of ``properties/model``."""
-    return {path.stem: path for path in sorted(properties("model").glob("*.yaml"))}
+    """Settings that can be named instead of a file: all of ``properties/model`` (``HoloMambaRec_paper``), and the other
+    protocols of a data set (``kuairand-27k_uni1000``)."""
+    protocols = folder("dataset_configs").glob("*_*.yaml")
+    return {path.stem: path for path in (*sorted(properties("model").glob("*.yaml")), *sorted(protocols))}
