@@ -332,6 +332,33 @@ class ExhaustiveSearch(Shim):
         _around_import("recbole.trainer.hyper_tuning", then_replace_numpy)
 
 
+class AnomalyMode(Shim):
+    """Undo what importing RecBole's SINE does: it switches autograd's anomaly detection on, for the whole process.
+
+    Importing any sequential model of RecBole imports SINE, so that every one of them trains with a stack trace recorded
+    at every operation and every gradient searched for NaN, several times slower on small models.
+    """
+
+    id = "anomaly_mode"
+    breaks = "anomaly detection is on after any sequential model of RecBole was imported"
+    where = "recbole/model/sequential_recommender/sine.py:25"
+    upstream = ()
+
+    def need(self) -> Need:
+        return Need(True, "RecBole's SINE switches autograd's anomaly detection on when it is imported")
+
+    def apply(self) -> None:
+        @contextmanager
+        def then_restore(module: types.ModuleType) -> Iterator[None]:
+            import torch  # takes longer to import than all of recbole_holo
+
+            before = torch.is_anomaly_enabled() and not hasattr(module, "SINE")  # already imported: it was SINE's
+            yield
+            torch.autograd.set_detect_anomaly(before)
+
+        _around_import("recbole.model.sequential_recommender.sine", then_restore)
+
+
 class _RandomStateWithIntegers(np.random.RandomState):
     """``RandomState`` under the name that ``numpy.random.Generator`` gives to its ``randint``."""
 
@@ -352,7 +379,7 @@ class _View(types.ModuleType):
 
 
 SHIMS: dict[str, Shim] = {
-    shim.id: shim for shim in (NumpyAliases(), OptionalKmeans(), DokMatrixUpdate(), ExhaustiveSearch())
+    shim.id: shim for shim in (NumpyAliases(), OptionalKmeans(), DokMatrixUpdate(), ExhaustiveSearch(), AnomalyMode())
 }
 """Every shim by its id."""
 

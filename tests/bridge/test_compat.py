@@ -51,6 +51,12 @@ BREAKS = {
         "assert score > 0\n",
         "'dok_matrix' object has no attribute '_update'",
     ),
+    "anomaly_mode": (
+        "import torch\n"
+        "from recbole.model.sequential_recommender import GRU4Rec\n"
+        "assert not torch.is_anomaly_enabled(), 'anomaly detection is on'\n",
+        "anomaly detection is on",
+    ),
     "exhaustive_search": (
         "from recbole.trainer import HyperTuning\n"
         "def objective(settings, files):\n"
@@ -156,7 +162,7 @@ def test_spawned_workers_have_the_shims() -> None:
         assert pool.apply(compat.active_shims) == compat.active_shims()
 
 
-@pytest.mark.parametrize("shim_id", ["dok_matrix_update", "exhaustive_search"])
+@pytest.mark.parametrize("shim_id", ["dok_matrix_update", "exhaustive_search", "anomaly_mode"])
 def test_modules_imported_before_the_package_are_mended_too(shim_id: str) -> None:
     if shim_id == "exhaustive_search":
         pytest.importorskip("hyperopt")
