@@ -1,115 +1,134 @@
-"""Times the selective scan and whole layers, prints a Markdown table.
+"""Times whole layers side by side, prints a Markdown table.
 
-    OMP_WAIT_POLICY=passive python -m benchmarks.scan [--device cuda] [--threads 2] [--rounds 7]
+    OMP_WAIT_POLICY=passive python -m benchmarks.layers [--device cuda] [--threads 2] [--rounds 7] [--sizes 256x50 …]
 
-Every row of a size is measured in turn in each round, so that what else the machine does falls on all of them; medians
-over the rounds, after one to compile and warm up. Widths of a recommender: d_model 64, d_inner 128, d_state 16.
+What is timed is a sublayer as it stands in a model, with its norm and its residual, forward and backward, without
+dropout: a Mamba or Mamba-2 block, SASRec's attention (four projections) on PyTorch's fused attention and as RecBole
+writes it, and ``nn.GRU`` of Mamba's inner width. d_model 64, d_inner 128, d_state 16, two heads of attention. Every row
+of a size is measured in turn in each round, so that what else the machine does falls on all of them; medians over the
+rounds, after one to compile and warm up.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import platform
 import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recbole_holo.layers import Mamba, Mamba2
-from recbole_holo.ops import backend, selective_scan
-from recbole_holo.ops.selective_scan import selective_scan_reference
+from benchmarks.cells import headline, now, parser
+from recbole_holo.layers import LatentMamba2, Mamba, Mamba2
+from recbole_holo.ops import backend
 
-SIZES = ((256, 50), (256, 200), (16, 2048))
+SIZES = ((256, 50), (256, 200), (16, 2048), (4, 10000))
 D_MODEL, D_INNER, D_STATE, HEADS = 64, 128, 16, 2
+EXPLICIT_ELEMENTS = 2**28  # of the attention weights that the explicit form holds several times over
+
+
+class Sublayer(nn.Module):
+    """``LayerNorm(x + f(x))``."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside, self.norm = inside, nn.LayerNorm(D_MODEL)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.inside(x))
 
 
 class Attention(nn.Module):
-    """Causal self-attention of SASRec's size: four projections around PyTorch's fused attention, no dropout."""
+    """Causal self-attention as in SASRec: four projections around the attention of two heads."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.dense = (nn.Linear(D_MODEL, D_MODEL) for _ in range(4))
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            mask = torch.full((x.shape[1], x.shape[1]), -10000.0, device=x.device).triu(1)
+            y = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5 + mask, -1) @ v
+        return self.dense(y.transpose(1, 2).flatten(2))
+
+
+class Latent(nn.Module):
+    """Hydra's four latent heads of width 16, without their gate."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.qkv, self.out = nn.Linear(D_MODEL, 3 * D_MODEL), nn.Linear(D_MODEL, D_MODEL)
+        self.heads = LatentMamba2(4, 16, d_state=64, headdim=16)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return self.heads(x.unflatten(-1, (4, 16))).flatten(2)
 
 
-def rows(batch: int, length: int, device: str) -> dict[str, tuple[Callable[[], Any], list[Tensor]]]:
-    """Name → a function and the tensors it is differentiated by."""
-    shapes = [(batch, length, D_INNER)] * 2 + [(D_INNER, D_STATE)] + [(batch, length, D_STATE)] * 2
-    u, delta, A, B, C = (torch.randn(shape, device=device) for shape in shapes)
-    z, D, bias = torch.randn_like(u), torch.ones(D_INNER, device=device), torch.full((D_INNER,), -4.0, device=device)
-    scan = [t.requires_grad_() for t in (u, delta, -A.exp().detach(), B, C, D, z, bias)]
-    x = torch.randn(batch, length, D_MODEL, device=device, requires_grad=True)
-    layers = {
-        "Mamba layer": Mamba(D_MODEL, d_state=D_STATE),
-        "Mamba-2 layer": Mamba2(D_MODEL, d_state=D_STATE, headdim=64),
-        "GRU 64→64": nn.GRU(D_MODEL, D_MODEL, batch_first=True),
-        "attention layer (SDPA)": Attention(),
-    }
-    found: dict[str, tuple[Callable[[], Any], list[Tensor]]] = {
-        "selective scan": (lambda: selective_scan(*scan, delta_softplus=True), scan),
-        "selective scan, reference loop": (lambda: selective_scan_reference(*scan, delta_softplus=True), scan),
-    }
-    for name, layer in layers.items():
-        layer = layer.to(device)
-        found[name] = (lambda layer=layer: layer(x), [x, *layer.parameters()])
-    return found
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(D_MODEL, D_INNER, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gru(x)[0]
+
+
+def rows(batch: int, length: int, device: str) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
+    """Name → a module, and the CPU forms that it must do without."""
+    table: dict[str, tuple[nn.Module, tuple[str, ...]]] = {"Mamba": (Sublayer(Mamba(D_MODEL, d_state=D_STATE)), ())}
+    if device == "cpu":
+        table["Mamba, numba"] = (table["Mamba"][0], ("native",))
+    table["Mamba-2"] = (Sublayer(Mamba2(D_MODEL, d_state=D_STATE, headdim=64)), ())
+    table["Hydra's latent Mamba-2"] = (Sublayer(Latent()), ())
+    table["attention, fused"] = (Sublayer(Attention(fused=True)), ())
+    if batch * HEADS * length**2 <= EXPLICIT_ELEMENTS:
+        table["attention, as RecBole writes it"] = (Sublayer(Attention(fused=False)), ())
+    table["GRU 64→128"] = (Recurrent(), ())
+    return {name: (module.to(device), excluded) for name, (module, excluded) in table.items()}
 
 
 def measure(batch: int, length: int, device: str, rounds: int) -> dict[str, tuple[float, float]]:
     """Name → median milliseconds of the forward pass, and of both passes."""
     table = rows(batch, length, device)
+    x = torch.randn(batch, length, D_MODEL, device=device, requires_grad=True)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in table}
     for turn in range(rounds + 1):
-        for name, (run, inputs) in table.items():
-            start = _now(device)
-            output = run()
-            y = output[0] if isinstance(output, tuple) else output  # the GRU returns its last state too
-            middle = _now(device)
-            torch.autograd.grad(y, inputs, torch.ones_like(y))
-            if turn:
-                times[name].append((middle - start, _now(device) - start))
+        for name, (module, excluded) in table.items():
+            with backend.excluding(*excluded) if excluded else nullcontext():
+                start = now(device)
+                y = module(x)
+                middle = now(device)
+                torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
+                if turn:
+                    times[name].append((middle - start, now(device) - start))
     return {
         name: (1e3 * statistics.median(t[0] for t in taken), 1e3 * statistics.median(t[1] for t in taken))
         for name, taken in times.items()
     }
 
 
-def processor(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(names, platform.processor())}, {torch.get_num_threads()} threads"
-
-
-def _now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def size(text: str) -> tuple[int, int]:
+    batch, _, length = text.partition("x")
+    return int(batch), int(length)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = parser(__doc__)
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--sizes", nargs="+", type=size, default=SIZES, metavar="BATCHxLENGTH")
+    chosen = options.parse_args()
+    torch.set_num_threads(chosen.threads)
     torch.manual_seed(0)
-    print(f"{processor(options.device)}; torch {torch.__version__}; {datetime.date.today()}; ms, medians\n")
-    print("| batch, length | what | forward | forward + backward | times attention |\n|---|---|---:|---:|---:|")
-    for batch, length in SIZES:
-        medians = measure(batch, length, options.device, options.rounds)
-        scale = medians["attention layer (SDPA)"][1]
+    print(f"{headline(chosen.device, chosen.threads)}; milliseconds, medians of {chosen.rounds}\n")
+    print(
+        "| batch, length | sublayer | forward | forward + backward | times as fast: Mamba |\n|---|---|---:|---:|---:|"
+    )
+    for batch, length in chosen.sizes:
+        medians = measure(batch, length, chosen.device, chosen.rounds)
+        scale = medians["Mamba"][1]
         for name, (forward, both) in medians.items():
             print(f"| {batch}, {length} | {name} | {forward:.1f} | {both:.1f} | {both / scale:.2f} |", flush=True)
     print("\n" + "; ".join(f"{op}: {implementation}" for op, implementation in backend.report().items()))

@@ -26,6 +26,10 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--max_evals", type=int, default=None, help="trials at most; by default all of an exhaustive search"
     )
+    flags.add_argument(
+        "--profile", action="store_true", help="print parameters, memory and time of every layer instead of training"
+    )
+    flags.add_argument("--profile_steps", type=int, default=5, help="steps that the times are medians of")
     flags.add_argument("--nproc", type=int, default=1, help="processes on this machine")
     flags.add_argument("--world_size", type=int, default=-1, help="processes on all machines")
     flags.add_argument("--ip", default="localhost", help="address of the first machine")
@@ -51,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 algo=args.search_algo,
                 max_evals=args.max_evals,
             )
+        elif args.profile:
+            from recbole_holo import profiling
+
+            if args.nproc != 1:
+                raise ConfigError("nproc", args.nproc, "a profile is of one process; leave it out")
+            profiling.run(args.model, args.dataset, files, steps=args.profile_steps, argv=settings)
         else:
             from recbole_holo.quick_start import run
 

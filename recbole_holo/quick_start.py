@@ -82,17 +82,7 @@ def _run_process(rank, model, dataset, config_file_list, settings, saved, argv, 
 @quiet_recbole()
 def _run(model, dataset, config_file_list, settings, saved, argv) -> dict[str, Any]:
     config = Config(model, dataset, config_file_list, settings, argv)
-    _check_writable(config)
-    _start(config)
-    logger = getLogger()
-    logger.info(config)
-    data = create_dataset(config)
-    logger.info(data)
-    train_data, valid_data, test_data = data_preparation(config, data)
-    init_seed(config["seed"], config["reproducibility"])
-    net = _build_model(config, train_data)
-    logger.info(net)
-    trainer = _build_trainer(config, net)
+    trainer, train_data, valid_data, test_data = prepare(config)
     if config["resume"]:
         trainer.resume_checkpoint(config["resume"])
     best_score, best_result = trainer.fit(
@@ -105,7 +95,7 @@ def _run(model, dataset, config_file_list, settings, saved, argv) -> dict[str, A
         "best_valid_result": best_result,
         "test_result": test_result,
     }
-    result["report"] = write_report(config, net, trainer, result, saved, _peak_memory(config))
+    result["report"] = write_report(config, trainer.model, trainer, result, saved, _peak_memory(config))
     return result
 
 
@@ -120,10 +110,7 @@ def objective_function(
     """
     quiet = {**(config_dict or {}), "state": "ERROR"}
     config = Config(config_file_list=config_file_list, config_dict=quiet, argv=sys.argv[1:], foreign_argv=True)
-    _start(config)
-    train_data, valid_data, test_data = data_preparation(config, create_dataset(config))
-    init_seed(config["seed"], config["reproducibility"])
-    trainer = _build_trainer(config, _build_model(config, train_data))
+    trainer, train_data, valid_data, test_data = prepare(config)
     best_score, best_result = trainer.fit(train_data, valid_data, verbose=False, saved=saved)
     return {
         "model": config["model"],
@@ -171,6 +158,26 @@ def load_data_and_model(
 
 
 # ---------------------------------------------------------------------- shared steps
+def prepare(config: Config) -> tuple[Any, Any, Any, Any]:
+    """What a run needs, from its configuration: the trainer with its new model, and the training, validation and test
+    loaders.
+
+    Raises:
+        ConfigError, DataError: settings or data that cannot be used, folders that cannot be written to.
+    """
+    _check_writable(config)
+    _start(config)
+    logger = getLogger()
+    logger.info(config)
+    data = create_dataset(config)
+    logger.info(data)
+    train_data, valid_data, test_data = data_preparation(config, data)
+    init_seed(config["seed"], config["reproducibility"])
+    model = _build_model(config, train_data)
+    logger.info(model)
+    return _build_trainer(config, model), train_data, valid_data, test_data
+
+
 def _start(config: Config) -> None:
     backend.set_backend(config["backend"])
     init_seed(config["seed"], config["reproducibility"])

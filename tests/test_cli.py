@@ -31,7 +31,7 @@ def test_the_command_trains_and_prints_the_table(cyclic_dataset: str, tiny: dict
         "ndcg@5",
         "without item tables",
         "seconds per epoch",
-        "selective_scan: numba",
+        "mamba_block: ",
     ):
         assert text in done.stdout
     assert "Train     0" in done.stderr  # the progress bar

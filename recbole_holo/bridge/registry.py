@@ -17,6 +17,8 @@ MODELS = {
     "Hydra": "recbole_holo.model.hydra",
     "RecMamba": "recbole_holo.model.recmamba",
     "Mamba4Rec": "recbole_holo.model.mamba4rec",
+    "LinRec": "recbole_holo.model.linrec",
+    "SequenceSASRec": "recbole_holo.model.sequence_sasrec",
 }
 PROPERTIES: dict[str, Path] = {}  # of models registered from outside; the package's own are found by name
 RECBOLE_FAMILIES = (

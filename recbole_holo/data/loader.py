@@ -6,9 +6,7 @@ import os
 import pickle
 from typing import Any
 
-import numpy as np
 import recbole.data.dataset
-import torch
 from recbole.data.dataloader import (
     AbstractDataLoader,
     FullSortEvalDataLoader,
@@ -16,7 +14,6 @@ from recbole.data.dataloader import (
     TrainDataLoader,
 )
 from recbole.data.dataset import Dataset, KnowledgeBasedDataset, SequentialDataset
-from recbole.data.interaction import Interaction
 from recbole.data.utils import create_samplers, get_dataloader, load_split_dataloaders, save_split_dataloaders
 from recbole.data.utils import data_preparation as recbole_data_preparation
 from recbole.utils import ModelType
@@ -24,6 +21,7 @@ from recbole.utils.argument_list import dataset_arguments
 
 from recbole_holo.bridge import registry
 from recbole_holo.bridge.config import overridden
+from recbole_holo.data.batches import CandidateEvalLoader, SequenceEvalLoader, SequenceTrainLoader
 from recbole_holo.data.repairs import RepairedDataset
 from recbole_holo.data.sequences import PrefixDataset, SequenceDataset
 from recbole_holo.errors import ConfigError, DataError
@@ -74,9 +72,10 @@ def create_dataset(config) -> Any:
 def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataLoader, AbstractDataLoader]:
     """Splits ``dataset`` by ``eval_args`` and returns the training, validation and test loaders.
 
-    As RecBole's function of that name, with three differences: in uniN/popN modes this package's models get loaders
-    that hold each history once; evaluation batches are cut so that rows × items stays below ``eval_max_elements``; and
-    a split without rows is ``None`` for validation (RecBole's trainer then skips it), an error for training and test.
+    As RecBole's function of that name, with four differences: this package's models get batches of nearly one length,
+    gathered on the device (:mod:`recbole_holo.data.batches`); in uniN/popN modes their loaders hold each history once;
+    evaluation batches are cut so that rows × items stays below ``eval_max_elements``; and a split without rows is
+    ``None`` for validation (RecBole's trainer then skips it), an error for training and test.
     """
     if config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
         return recbole_data_preparation(config, dataset)
@@ -103,7 +102,9 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
     for phase, split in splits.items():
         loader_class = get_dataloader(config, phase)
         if phase == "train":
-            if not config["single_spec"]:
+            if isinstance(split, SequenceDataset) and split.following is not None:
+                loader_class = SequenceTrainLoader
+            elif not config["single_spec"]:
                 if loader_class is not TrainDataLoader:
                     raise ConfigError("nproc", config["nproc"], f"{config['model']} loads by user; use one process")
                 loader_class = ShardedTrainDataLoader
@@ -122,8 +123,11 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
 
 def _eval_loader(config, loader_class: type, split, sampler) -> AbstractDataLoader:
     if loader_class is NegSampleEvalDataLoader and registry.is_ours(config["model"]):
-        loader_class = CandidateEvalDataLoader
-    rows_are_independent = loader_class is FullSortEvalDataLoader and config["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        loader_class = CandidateEvalLoader
+    if loader_class is FullSortEvalDataLoader and isinstance(split, SequenceDataset) and split.is_augmented:
+        loader_class = SequenceEvalLoader
+    full_ranking = issubclass(loader_class, FullSortEvalDataLoader)
+    rows_are_independent = full_ranking and config["MODEL_TYPE"] == ModelType.SEQUENTIAL
     settings: dict[str, Any] = {"single_spec": True}
     if rows_are_independent and config["eval_max_elements"]:
         # RecBole scores eval_batch_size sequences against all items at once, whatever the catalogue.
@@ -135,32 +139,3 @@ def _eval_loader(config, loader_class: type, split, sampler) -> AbstractDataLoad
         loader = loader_class(config, distributed.shard(split) if sharded else split, sampler)
     loader.is_sharded = sharded
     return loader
-
-
-class CandidateEvalDataLoader(NegSampleEvalDataLoader):
-    """uniN/popN evaluation that holds each history once.
-
-    RecBole repeats a history for the target and each of its N negatives, and encodes it N + 1 times. Here a batch is
-    ``(histories, (user, row, item), positive_u, positive_i)``: candidate ``item[j]`` belongs to history ``row[j]`` of
-    the batch's user number ``user[j]`` (RecBole's own order, from RecBole's own sampler).
-    """
-
-    def collate_fn(self, index: Any) -> tuple[Interaction, tuple[torch.Tensor, ...], torch.Tensor, torch.Tensor]:
-        users = self.uid_list[np.array(index)]
-        events = [np.arange(self.uid2index[user].start, self.uid2index[user].stop) for user in users]
-        histories = self.transform(self._dataset, self._dataset[np.concatenate(events)])
-        user_rows, rows, candidates = [], [], []
-        first = 0
-        for user_row, event in enumerate(events):
-            targets = {
-                field: self._dataset.inter_feat[field][torch.from_numpy(event)]
-                for field in (self.uid_field, self.iid_field)
-            }
-            sampled = self._neg_sampling(Interaction(targets))  # the targets, then their negatives
-            candidates.append(sampled[self.iid_field])
-            rows.append(torch.arange(first, first + len(event)).repeat(self.times))
-            user_rows.append(torch.full((len(sampled),), user_row))
-            first += len(event)
-        positive_u = torch.arange(len(events)).repeat_interleave(torch.tensor([len(event) for event in events]))
-        positive_i = histories[self.iid_field]
-        return histories, (torch.cat(user_rows), torch.cat(rows), torch.cat(candidates)), positive_u, positive_i

@@ -65,11 +65,9 @@ class PrefixDataset(RepairedDataset, SequentialDataset):
         if not self.is_augmented or isinstance(index, str):
             return super().__getitem__(index, join)
         rows = self._rows(index)
-        positions, valid = self._positions(rows)
+        events, valid = history_events(rows[HISTORY_START], rows[self.item_list_length_field], self.max_item_list_len)
         for field in self._list_fields:
-            values = self._events[field][positions]
-            mask = valid.view(valid.shape + (1,) * (values.dim() - 2))
-            rows[getattr(self, f"{field}_list_field")] = torch.where(mask, values, torch.zeros((), dtype=values.dtype))
+            rows[getattr(self, f"{field}_list_field")] = padded(self._events[field], events, valid)
         del rows[HISTORY_START]
         return self.join(rows) if join else rows
 
@@ -77,15 +75,6 @@ class PrefixDataset(RepairedDataset, SequentialDataset):
         if not isinstance(index, slice):
             index = torch.as_tensor(index)
         return Interaction({field: values[index] for field, values in self.inter_feat.interaction.items()})
-
-    def _positions(self, rows: Interaction) -> tuple[Tensor, Tensor]:
-        """Event numbers ``[B, L]`` of the histories, and which of them are not padding."""
-        step = torch.arange(self._padded_length(rows))
-        valid = step < rows[self.item_list_length_field].unsqueeze(-1)
-        return torch.where(valid, rows[HISTORY_START].unsqueeze(-1) + step, 0), valid
-
-    def _padded_length(self, rows: Interaction) -> int:
-        return self.max_item_list_len
 
     def inter_matrix(self, form: str = "coo", value_field: str | None = None) -> spmatrix:
         if not self.is_augmented:
@@ -119,11 +108,13 @@ class SequenceDataset(PrefixDataset):
 
     Attributes:
         item_attributes: the fields of ``item_attributes:`` by name; see :class:`ItemAttribute`.
+        following: of every event, the item of the next where that is a training target, else 0 ``[n_events]``; in the
+            training split of whole sequences only.
     """
 
     item_feat: Any
     item_attributes: dict[str, ItemAttribute]
-    _is_target: Tensor | None = None
+    following: Tensor | None = None
 
     def __init__(self, config) -> None:
         _check(config)
@@ -160,8 +151,8 @@ class SequenceDataset(PrefixDataset):
         """This split's rows (one a prefix) as one row a window, with the same targets."""
         rows = self.inter_feat
         target = (rows[HISTORY_START] + rows[self.item_list_length_field]).numpy()
-        is_target = torch.zeros(len(self._events), dtype=torch.bool)
-        is_target[target] = True
+        following = torch.zeros(len(self._events), dtype=torch.long)
+        following[target - 1] = self._events[self.iid_field][target]
 
         stride = self.config["window_stride"] or max(self.max_item_list_len // 2, 1)
         if self.config["train_windows"] == "last":
@@ -174,43 +165,79 @@ class SequenceDataset(PrefixDataset):
         windows[HISTORY_START] = torch.from_numpy(start)
         windows[TARGETS_FROM] = torch.from_numpy(first_target)
         sequences = self.copy(Interaction(windows))
-        sequences._is_target = is_target
+        sequences.following = following
         return sequences
 
     def __getitem__(self, index: Any, join: bool = True) -> Interaction:
         if not self.is_augmented or isinstance(index, str):
             return super().__getitem__(index, join)
         rows = self._rows(index)
-        positions, valid = self._positions(rows)
-        items = self._events[self.iid_field]
-        rows[self.item_id_list_field] = torch.where(valid, items[positions], 0)
-        if self._is_target is not None:
-            following = torch.where(valid, positions + 1, 0)
-            owned = valid & (following >= rows[TARGETS_FROM].unsqueeze(-1)) & self._is_target[following]
-            rows[self.iid_field + TARGETS_SUFFIX] = torch.where(owned, items[following], 0)
-            del rows[TARGETS_FROM]
-        del rows[HISTORY_START]
+        lengths = rows[self.item_list_length_field]
+        width = self.max_item_list_len if self.config["pad_to"] == "max" else max(int(lengths.max()), 1)
+        rows = self.with_histories(rows, width, self.items, self.following)
         return self.join(rows) if join else rows
 
-    def _padded_length(self, rows: Interaction) -> int:
-        if self.config["pad_to"] == "max":
-            return self.max_item_list_len
-        return max(int(rows[self.item_list_length_field].max()), 1)
+    @property
+    def items(self) -> Tensor:
+        """Items of all events, in the order that rows refer to ``[n_events]``."""
+        return self._events[self.iid_field]
+
+    def with_histories(self, rows: Interaction, width: int, items: Tensor, following: Tensor | None) -> Interaction:
+        """``rows`` with padded lists in the place of where they are found.
+
+        Args:
+            rows: columns of ``inter_feat`` ``[B]``, on any device.
+            width: padded length, at least that of the longest history.
+            items: of every event ``[n_events]``, on the device of the rows.
+            following: of every event the next one's item, 0 where that is no training target; None for histories.
+        """
+        events, valid = history_events(rows[HISTORY_START], rows[self.item_list_length_field], width)
+        rows[self.item_id_list_field] = padded(items, events, valid)
+        if following is not None:
+            owned = valid & (events >= rows[TARGETS_FROM].unsqueeze(-1) - 1)
+            rows[self.iid_field + TARGETS_SUFFIX] = padded(following, events, owned)
+            del rows[TARGETS_FROM]
+        del rows[HISTORY_START]
+        return rows
+
+    def targets_per_row(self) -> np.ndarray:
+        """How many training targets each window has: ``[n_rows]``."""
+        if self.following is None:
+            raise DataError(f"{self.dataset_name!r}: only the training split of whole sequences has windows")
+        rows = self.inter_feat
+        before = np.r_[0, np.cumsum(self.following.numpy() > 0)]  # targets after earlier events
+        end = (rows[HISTORY_START] + rows[self.item_list_length_field]).numpy()
+        return before[end] - before[rows[TARGETS_FROM].numpy() - 1]
 
     def join(self, df: Interaction) -> Interaction:
         return df
 
     def inter_matrix(self, form: str = "coo", value_field: str | None = None) -> spmatrix:
-        if self._is_target is None:
+        if self.following is None:
             return super().inter_matrix(form, value_field)
         # The first event of a user is no target, but it is known: the inputs and targets of the split together.
-        known = self._is_target.clone()
+        precedes = self.following > 0
         users = self._events[self.uid_field]
         first = torch.cat([torch.ones(1, dtype=torch.bool), users[1:] != users[:-1]])
-        following = torch.cat([known[1:], torch.zeros(1, dtype=torch.bool)])
-        known |= first & following
+        is_target = torch.cat([torch.zeros(1, dtype=torch.bool), precedes[:-1]])
+        known = is_target | (first & precedes)
         events = Interaction({field: values[known] for field, values in self._events.interaction.items()})
         return self._create_sparse_matrix(events, self.uid_field, self.iid_field, form, value_field)
+
+
+def history_events(start: Tensor, length: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Event numbers of the padded histories ``start .. start + length - 1``, and which of them are not padding.
+
+    ``[B]``, ``[B]`` → ``[B, width]`` each, on the same device. Nothing here waits for a GPU.
+    """
+    step = torch.arange(width, device=start.device)
+    valid = step < length.unsqueeze(-1)
+    return torch.where(valid, start.unsqueeze(-1) + step, 0), valid
+
+
+def padded(values: Tensor, events: Tensor, valid: Tensor) -> Tensor:
+    """``values [n_events, ...]`` of ``events [B, L]`` where they are valid, else zero: ``[B, L, ...]``."""
+    return values[events].masked_fill(~valid.view(valid.shape + (1,) * (values.dim() - 1)), 0)
 
 
 def training_windows(
@@ -252,13 +279,22 @@ def _check(config) -> None:
     ):
         if config[field] not in allowed:
             raise ConfigError(field, config[field], nearest(config[field], allowed))
-    length, stride = config["MAX_ITEM_LIST_LENGTH"], config["window_stride"]
+    length, stride, tokens = config["MAX_ITEM_LIST_LENGTH"], config["window_stride"], config["train_batch_tokens"]
     if not (isinstance(length, int) and length >= 1):
         raise ConfigError("MAX_ITEM_LIST_LENGTH", length, "use a whole number of at least 1")
     if stride is not None and not (isinstance(stride, int) and 1 <= stride <= length):
         raise ConfigError(
             "window_stride", stride, f"use a whole number from 1 to MAX_ITEM_LIST_LENGTH ({length}), or ~"
         )
+    if tokens is not None:
+        if type(tokens) is not int or tokens < length:
+            raise ConfigError(
+                "train_batch_tokens",
+                tokens,
+                f"use a whole number of at least MAX_ITEM_LIST_LENGTH ({length}), or ~ for train_batch_size windows",
+            )
+        if config["train_on"] != "sequences":
+            raise ConfigError("train_batch_tokens", tokens, "it is for train_on: sequences; use train_batch_size")
     attributes = config["item_attributes"] or []
     if not (isinstance(attributes, list) and all(isinstance(name, str) for name in attributes)):
         raise ConfigError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recbole_holo.layers.dropout import Dropout
+
 
 class SwiGLU(nn.Module):
     """``W_down(SiLU(W_gate x) ⊙ W_up x)`` without biases (Shazeer, arXiv 2002.05202).
@@ -20,7 +22,7 @@ class SwiGLU(nn.Module):
         self.gate = nn.Linear(d, inner, bias=False)
         self.up = nn.Linear(d, inner, bias=False)
         self.down = nn.Linear(inner, d, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., d]`` → ``[..., d]``."""
@@ -41,7 +43,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.w_1 = nn.Linear(d, inner)
         self.w_2 = nn.Linear(inner, d)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         if std is not None:
             for linear in (self.w_1, self.w_2):
                 nn.init.normal_(linear.weight, std=std)

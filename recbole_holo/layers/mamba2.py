@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from recbole_holo.errors import ConfigError
 from recbole_holo.layers.init import initialise_ssm, mark_no_weight_decay
 from recbole_holo.layers.mamba import check_sizes
-from recbole_holo.ops.mamba_block import mamba2_inner
+from recbole_holo.ops.mamba2_block import Mamba2Sizes, Mamba2Weights, mamba2_block, mamba2_block_with_state
+from recbole_holo.ops.mamba_block import MambaState
 
 _NORM_EPS = 1e-5
 
@@ -90,21 +91,17 @@ class Mamba2(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[B, L, d_model]`` → ``[B, L, d_model]``."""
-        y = mamba2_inner(
-            self.in_proj(hidden),
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            self.dt_bias,
-            -torch.exp(self.A_log.float()),
-            self.D,
-            self.norm.weight,
-            _NORM_EPS,
-            headdim=self.headdim,
-            ngroups=self.ngroups,
-            d_state=self.d_state,
-            chunk_size=self.chunk_size,
-        )
-        return self.out_proj(y)
+        return mamba2_block(hidden.unsqueeze(2), *_stacked(self)).squeeze(2)
+
+    def forward_from(self, hidden: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
+        """The next part of a sequence: ``[B, L, d_model]`` and the state behind it → output and the state after it.
+
+        The state is ``conv [B, d_conv - 1, channels of x, B, C]`` and ``ssm [B, nheads, headdim, d_state]``; it carries
+        no gradient, and None is the beginning.
+        """
+        before = None if state is None else MambaState(state.conv.unsqueeze(1), state.ssm.unsqueeze(1))
+        out, after = mamba2_block_with_state(hidden.unsqueeze(2), *_stacked(self), before)
+        return out.squeeze(2), MambaState(after.conv.squeeze(1), after.ssm.squeeze(1))
 
 
 class _Stack(nn.Module):
@@ -188,25 +185,15 @@ class LatentMamba2(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[B, L, v, d_c]`` → ``[B, L, v, d_c]``."""
-        shared = self.ngroups * self.d_state
-        convolved = [self.d_inner, shared, shared]  # x, B, C
-        zxbcdt = torch.einsum("blvc,vec->blve", hidden, self.in_proj.weight)
-        bias = self.conv1d.bias
-        y = mamba2_inner(
-            _kind_by_kind(zxbcdt, [self.d_inner, *convolved, self.nheads], dim=2),
-            _kind_by_kind(self.conv1d.weight.squeeze(2), convolved, dim=0),
-            None if bias is None else _kind_by_kind(bias, convolved, dim=0),
-            self.dt_bias.flatten(),
-            -torch.exp(self.A_log.float()).flatten(),
-            self.D.flatten(),
-            self.norm.weight.flatten(),
-            _NORM_EPS,
-            headdim=self.headdim,
-            ngroups=self.n_heads * self.ngroups,
-            d_state=self.d_state,
-            chunk_size=self.chunk_size,
-        )
-        return torch.einsum("blvi,vci->blvc", y.unflatten(-1, (self.n_heads, -1)), self.out_proj.weight)
+        return mamba2_block(hidden, *_stacked(self))
+
+    def forward_from(self, hidden: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
+        """The next part of a sequence: ``[B, L, v, d_c]`` and the state behind it → output and the state after it.
+
+        The state is ``conv [B, v, d_conv - 1, channels of x, B, C]`` and ``ssm [B, v, nheads, headdim, d_state]``; it
+        carries no gradient, and None is the beginning.
+        """
+        return mamba2_block_with_state(hidden, *_stacked(self), state)
 
     @torch.no_grad()
     def head(self, i: int) -> Mamba2:
@@ -216,6 +203,20 @@ class LatentMamba2(nn.Module):
         return block.to(self.D.device)
 
 
-def _kind_by_kind(stacked: Tensor, sizes: list[int], dim: int) -> Tensor:
-    """Joins axes ``dim`` (blocks) and ``dim + 1`` (kinds of channels of a block) so that kinds come before blocks."""
-    return torch.cat([part.flatten(dim, dim + 1) for part in stacked.split(sizes, dim + 1)], dim)
+def _stacked(block: Mamba2 | LatentMamba2) -> tuple[Mamba2Weights, Mamba2Sizes]:
+    """The parameters of a block, with a first axis of 1 for a single one."""
+    parameters = Mamba2Weights(
+        block.in_proj.weight,
+        block.in_proj.bias,
+        block.conv1d.weight.squeeze(-2),
+        block.conv1d.bias,
+        block.dt_bias,
+        -torch.exp(block.A_log.float()),
+        block.D,
+        block.norm.weight,
+        block.out_proj.weight,
+        block.out_proj.bias,
+    )
+    if isinstance(block, Mamba2):
+        parameters = Mamba2Weights(*(t if t is None else t.unsqueeze(0) for t in parameters))  # type: ignore[arg-type]
+    return parameters, Mamba2Sizes(block.headdim, block.ngroups, block.d_state, _NORM_EPS, block.chunk_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from recbole.data.interaction import Interaction
@@ -11,9 +13,11 @@ from torch import Tensor, nn
 
 from recbole_holo.data import TARGETS_SUFFIX
 from recbole_holo.errors import ConfigError, nearest
-from recbole_holo.ops import losses
+from recbole_holo.layers.carried import Carried
+from recbole_holo.model.negatives import DISTRIBUTIONS, NegativeSampler, target_counts
+from recbole_holo.ops import cross_entropy, losses
 
-LOSSES = ("CE", "BPR", "BCE", "InfoNCE")
+LOSSES = ("CE", "BPR", "BCE", "InfoNCE", "SampledCE")
 SIMILARITIES = ("dot", "cosine")
 
 
@@ -25,6 +29,10 @@ class SequenceRecommender(SequentialRecommender):
     * :meth:`encode`: ``item_seq [B, L]`` → hidden states ``[B, L, d]``; position ``t`` sees items ``0..t`` only;
     * :meth:`item_vectors`: the table ``[n_items, d]`` that hidden states are scored against.
 
+    A model whose layers carry a state says so with ``carries_state = True`` and takes it as a second argument of
+    ``encode``: it then reads a history in parts (:class:`~recbole_holo.layers.carried.Carried`,
+    ``train_steps_at_once``).
+
     **Positions.** A history fills positions ``0..len-1`` and pads (id 0) follow on the right, in whole-sequence
     training, in last-position evaluation and in prefix training alike. Since encoders are causal, the hidden state at
     ``len-1`` is the same in all three, and pads cannot change it.
@@ -33,18 +41,25 @@ class SequenceRecommender(SequentialRecommender):
     training target, 0 elsewhere; the loss is the mean over all targets of the batch. A batch of prefixes (RecBole's
     form, ``train_on: prefixes``) carries one target a row, and the loss is taken at the last position.
 
-    Config keys: ``loss_type`` (CE | BPR | BCE | InfoNCE), ``similarity`` (dot | cosine), ``temperature`` (float),
-    ``learn_temperature`` (bool), ``num_negatives`` (int, InfoNCE: shared by the batch).
+    **Large catalogues.** ``SampledCE`` estimates CE from ``num_negatives`` items; it is InfoNCE with the log-q
+    correction on, and both read the settings of negatives. ``sparse_embedding`` makes the gradients of the item tables
+    sparse (in training mode, for a lookup of any table of n_items rows and for the loss), so that a step costs what
+    the items of its batch cost; an optimizer must know what to do with them (:mod:`recbole_holo.training.sparse`).
+
+    Config keys: ``loss_type`` (CE | BPR | BCE | InfoNCE | SampledCE), ``similarity`` (dot | cosine), ``temperature``
+    (float), ``learn_temperature`` (bool), ``sparse_embedding`` (bool); of InfoNCE and SampledCE: ``num_negatives``
+    (int), ``negative_distribution`` (uniform | popularity | in_batch | mixed), ``popularity_exponent`` (float),
+    ``logq_correction`` (bool, ~ = True for SampledCE and False for InfoNCE).
     """
 
     input_type = InputType.POINTWISE  # negatives, where a loss needs them, are drawn by the model
+    carries_state = False  # whether encode takes what is carried from one part of a sequence to the next
     item_bias: Tensor | None = None
 
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
         self.loss_type = one_of("loss_type", config["loss_type"], LOSSES)
         self.cosine = one_of("similarity", config["similarity"] or "dot", SIMILARITIES) == "cosine"
-        self.num_negatives = config["num_negatives"]
         self.ITEM_TARGETS = self.ITEM_ID + TARGETS_SUFFIX
 
         temperature = 1.0 if config["temperature"] is None else float(config["temperature"])
@@ -55,8 +70,45 @@ class SequenceRecommender(SequentialRecommender):
             self.log_temperature = nn.Parameter(log_temperature)
         else:
             self.register_buffer("log_temperature", log_temperature, persistent=False)
-        if self.loss_type == "InfoNCE" and not (isinstance(self.num_negatives, int) and self.num_negatives > 0):
-            raise ConfigError("num_negatives", self.num_negatives, "InfoNCE needs a positive integer, such as 512")
+        self.negative_sampler = (
+            self._negative_sampler(config, dataset) if self.loss_type in ("InfoNCE", "SampledCE") else None
+        )
+        if config["train_steps_at_once"] is not None:
+            positive_int("train_steps_at_once", config["train_steps_at_once"])
+            if not self.carries_state:
+                remedy = f"{type(self).__name__} sees a whole history at once and carries no state: leave it at ~"
+                raise ConfigError("train_steps_at_once", config["train_steps_at_once"], remedy)
+        self.sparse_embedding = bool(config["sparse_embedding"])
+        if self.sparse_embedding and self.loss_type == "CE":
+            raise ConfigError(
+                "sparse_embedding",
+                True,
+                "CE gives every item a gradient; with loss_type SampledCE only a batch's have one",
+            )
+
+    def _negative_sampler(self, config, dataset) -> NegativeSampler:
+        corrected, exponent = config["logq_correction"], config["popularity_exponent"]
+        corrected = self.loss_type == "SampledCE" if corrected is None else bool(corrected)
+        distribution = one_of("negative_distribution", config["negative_distribution"] or "uniform", DISTRIBUTIONS)
+        exponent = 1.0 if exponent is None else exponent
+        if not isinstance(exponent, (int, float)) or not 0 <= exponent <= 1:
+            raise ConfigError("popularity_exponent", exponent, "use a number from 0 (uniform) to 1 (the frequencies)")
+        counted = distribution == "popularity" or (distribution != "uniform" and corrected)
+        return NegativeSampler(
+            distribution,
+            positive_int("num_negatives", config["num_negatives"]),
+            self.n_items,
+            target_counts(dataset, self.ITEM_ID) if counted else None,
+            exponent,
+            corrected,
+        )
+
+    def train(self, mode: bool = True) -> SequenceRecommender:
+        """As of any module; the item tables' lookups get the kind of gradient that ``sparse_embedding`` says."""
+        for module in self.modules():
+            if isinstance(module, nn.Embedding) and module.num_embeddings == self.n_items:
+                module.sparse = self.sparse_embedding
+        return super().train(mode)
 
     # ------------------------------------------------------------------ what a model gives
     def encode(self, item_seq: Tensor) -> Tensor:
@@ -75,10 +127,32 @@ class SequenceRecommender(SequentialRecommender):
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         item_seq = interaction[self.ITEM_SEQ]
         if self.ITEM_TARGETS in interaction:
-            targets = interaction[self.ITEM_TARGETS]  # [B, L]
-            supervised = targets > 0
-            return self.loss(self.encode(item_seq)[supervised], targets[supervised])
+            targets = interaction[self.ITEM_TARGETS].flatten()  # [B·L]
+            n_targets = getattr(interaction, "n_targets", None)  # known to the loader of whole sequences
+            where = positions_of(targets > 0, n_targets)
+            hidden = self.encode(item_seq).flatten(0, 1)  # [B·L, d]
+            return self.loss(hidden.index_select(0, where), targets.index_select(0, where))
         return self.loss(self.forward(item_seq, interaction[self.ITEM_SEQ_LEN]), interaction[self.POS_ITEM_ID])
+
+    def losses_in_parts(self, interaction: Interaction, steps: int) -> Iterator[Tensor]:
+        """:meth:`calculate_loss` in terms that add up to it, each over the next ``steps`` positions of the batch.
+
+        The layers carry their state from part to part, so the hidden states are those of the whole; no gradient passes
+        from a part to the one before: truncated back-propagation through time. Differentiated one by one, the terms
+        need the memory of one part, however long the histories are.
+        """
+        item_seq, targets = interaction[self.ITEM_SEQ], interaction[self.ITEM_TARGETS]
+        parts = targets.split(steps, 1)
+        counts = torch.stack([(part > 0).sum() for part in parts]).tolist()  # a GPU is waited for once a batch
+        carried = Carried()
+        for items, wanted, count in zip(item_seq.split(steps, 1), parts, counts, strict=True):
+            with torch.set_grad_enabled(count > 0):
+                hidden = self.encode(items, carried)  # type: ignore[call-arg]
+            carried.position += items.shape[1]
+            if count:
+                where = positions_of(wanted.flatten() > 0, count)
+                loss = self.loss(hidden.flatten(0, 1).index_select(0, where), wanted.flatten().index_select(0, where))
+                yield loss * (count / sum(counts))
 
     def predict(self, interaction: Interaction) -> Tensor:
         hidden = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
@@ -106,20 +180,29 @@ class SequenceRecommender(SequentialRecommender):
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean loss over supervised positions: ``hidden [M, d]``, ``targets [M]`` → scalar."""
-        if targets.numel() == 0:
-            return hidden.sum() * 0.0
-        temperature = self.log_temperature.exp()
-        if self.loss_type == "InfoNCE":
-            negatives = losses.sample_negatives((self.num_negatives,), self.n_items, targets.device)
-            table = self.item_vectors()
-            return losses.info_nce(hidden, targets, table, negatives, self.item_bias, temperature, self.cosine)
-        query, table = self._query(hidden) / temperature, self._table()
+        temperature, table = self.log_temperature.exp(), self.item_vectors()
+        sparse = self.sparse_embedding and table.is_leaf  # where a table is computed, its gradient is passed on
+        if targets.numel() == 0:  # with a gradient of the table, so that processes agree on what they average
+            return (hidden.sum() + F.embedding(targets, table, sparse=sparse).sum()) * 0.0
+        if self.negative_sampler is not None:
+            negatives, log_counts = self.negative_sampler(targets)
+            return losses.info_nce(
+                hidden, targets, table, negatives, self.item_bias, temperature, self.cosine, log_counts, sparse
+            )
+        query = self._query(hidden) / temperature
         if self.loss_type == "CE":
             # The pad is never a target; as a rival it would train its row away from zero.
-            return losses.cross_entropy(query, targets, table, self.item_bias, exclude_pad=True)
+            return cross_entropy(query, targets, self._table(), self.item_bias, exclude_pad=True)
         negatives = losses.sample_negatives(targets.shape, self.n_items, targets.device, exclude=targets)
         pairwise = losses.bpr if self.loss_type == "BPR" else losses.bce
-        return pairwise(query, targets, negatives, table, self.item_bias)
+        return pairwise(query, targets, negatives, table, self.item_bias, self.cosine, sparse)
+
+
+def positions_of(mask: Tensor, count: int | None) -> Tensor:
+    """Where ``mask [n]`` is True: ``[count]``, ascending; as nonzero, but a known ``count`` is not asked of a GPU."""
+    up_to = mask.cumsum(0)
+    count = int(up_to[-1]) if count is None else count
+    return torch.searchsorted(up_to, torch.arange(1, count + 1, device=mask.device))
 
 
 def one_of(field: str, value: str, allowed: tuple[str, ...]) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from recbole_holo.layers import Mamba
+from recbole_holo.layers import Dropout, Mamba
+from recbole_holo.layers.carried import Carried, through
 from recbole_holo.layers.holographic import AttributeEmbedding, HolographicBinding
 from recbole_holo.model.base import SequenceRecommender, item_table, positive_int, probability
 
@@ -24,6 +25,7 @@ class HoloMambaRec(SequenceRecommender):
     """
 
     uses_attributes = True
+    carries_state = True
 
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
@@ -39,7 +41,7 @@ class HoloMambaRec(SequenceRecommender):
             # The authors allocate roles for temporal bundling and never train them; kept for equal parameter counts.
             self.bundle_roles = nn.Parameter(torch.randn(config["bundle_roles"], d))
         self.norm = nn.LayerNorm(d)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layers = nn.ModuleList(PreNormMamba(config) for _ in range(layers))
         self.final_norm = nn.LayerNorm(d) if config["final_norm"] else nn.Identity()
         self.head = None if config["tie_weights"] else nn.Linear(d, self.n_items, bias=False)
@@ -51,10 +53,10 @@ class HoloMambaRec(SequenceRecommender):
             return x
         return self.binding(x, self.attributes[0](items))
 
-    def encode(self, item_seq: Tensor) -> Tensor:
+    def encode(self, item_seq: Tensor, carried: Carried | None = None) -> Tensor:
         h = self.dropout(self.norm(self.embed(item_seq)))  # [B, L, d]
         for layer in self.layers:
-            h = layer(h)
+            h = layer(h, carried)
         return self.final_norm(h)
 
     def item_vectors(self) -> Tensor:
@@ -75,7 +77,7 @@ class PreNormMamba(nn.Module):
             expand=config["expand"],
             ssm_init=config["ssm_init"],
         )
-        self.dropout = nn.Dropout(config["dropout_prob"])
+        self.dropout = Dropout(config["dropout_prob"])
 
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.dropout(self.mamba(self.norm(h)))
+    def forward(self, h: Tensor, carried: Carried | None = None) -> Tensor:
+        return h + self.dropout(through(self.mamba, self.norm(h), carried))

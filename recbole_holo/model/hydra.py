@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from recbole_holo.errors import ConfigError
-from recbole_holo.layers import LatentMamba2
+from recbole_holo.layers import Dropout, LatentMamba2
+from recbole_holo.layers.carried import Carried, through
 from recbole_holo.layers.gated_ffn import SwiGLU
 from recbole_holo.layers.rope import rotary
 from recbole_holo.model.base import SequenceRecommender, item_table, positive_int, positive_number, probability
@@ -37,6 +38,8 @@ class Hydra(SequenceRecommender):
     (~ = 2·hidden_size), ``dropout_prob``, ``final_norm``, ``initializer_range``.
     """
 
+    carries_state = False
+
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
         d = positive_int("hidden_size", config["hidden_size"])
@@ -44,15 +47,15 @@ class Hydra(SequenceRecommender):
         self.item_embedding = item_table(
             self.n_items, d, positive_number("initializer_range", config["initializer_range"])
         )
-        self.dropout = nn.Dropout(probability("dropout_prob", config["dropout_prob"]))
+        self.dropout = Dropout(probability("dropout_prob", config["dropout_prob"]))
         self.norm = nn.RMSNorm(d, eps=1e-6)
         self.layers = nn.ModuleList(HydraBlock(config) for _ in range(positive_int("num_layers", config["num_layers"])))
         self.final_norm = nn.RMSNorm(d, eps=1e-6) if config["final_norm"] else nn.Identity()
 
-    def encode(self, item_seq: Tensor) -> Tensor:
+    def encode(self, item_seq: Tensor, carried: Carried | None = None) -> Tensor:
         h = self.norm(self.dropout(self.item_embedding(item_seq)))  # [B, L, d]
         for layer in self.layers:
-            h = layer(h)
+            h = layer(h, carried)
         return self.final_norm(h)
 
     def item_vectors(self) -> Tensor:
@@ -70,10 +73,10 @@ class HydraBlock(nn.Module):
         self.latent = LatentInteraction(config)
         self.ffn_norm = nn.RMSNorm(d, eps=1e-6)
         self.ffn = SwiGLU(d, inner, config["dropout_prob"])
-        self.dropout = nn.Dropout(config["dropout_prob"])
+        self.dropout = Dropout(config["dropout_prob"])
 
-    def forward(self, h: Tensor) -> Tensor:
-        h = h + self.dropout(self.latent(self.latent_norm(h)))
+    def forward(self, h: Tensor, carried: Carried | None = None) -> Tensor:
+        h = h + self.dropout(self.latent(self.latent_norm(h), carried))
         return h + self.ffn(self.ffn_norm(h))
 
 
@@ -100,12 +103,14 @@ class LatentInteraction(nn.Module):
         )
         self.w_o = nn.Linear(v * d_c, d, bias=False)
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, carried: Carried | None = None) -> Tensor:
         """``[B, L, d]`` → ``[B, L, d]``."""
         x = silu(self.w_x(h)).unflatten(-1, self.heads)  # [B, L, v, d_c]
         z = silu(self.w_z(h)).unflatten(-1, self.heads)
-        z = rotary(z.transpose(1, 2), self.rope_base).transpose(1, 2)  # position of the window along L
-        y = self.mamba(x)  # [B, L, v, d_c]
+        z = rotary(z.transpose(1, 2), self.rope_base, carried.position if carried else 0).transpose(
+            1, 2
+        )  # position of the window along L
+        y = through(self.mamba, x, carried)  # [B, L, v, d_c]
         return self.w_o((y * z).flatten(-2))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from recbole_holo.layers import Mamba
+from recbole_holo.layers import Dropout, Mamba
+from recbole_holo.layers.carried import Carried, through
 from recbole_holo.layers.gated_ffn import FeedForward
 from recbole_holo.model.base import SequenceRecommender, item_table, positive_int, positive_number, probability
 
@@ -21,6 +22,8 @@ class Mamba4Rec(SequenceRecommender):
     ``initializer_range``.
     """
 
+    carries_state = True
+
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
         d = positive_int("hidden_size", config["hidden_size"])
@@ -28,16 +31,16 @@ class Mamba4Rec(SequenceRecommender):
         self.item_embedding = item_table(
             self.n_items, d, positive_number("initializer_range", config["initializer_range"])
         )
-        self.dropout = nn.Dropout(probability("dropout_prob", config["dropout_prob"]))
+        self.dropout = Dropout(probability("dropout_prob", config["dropout_prob"]))
         self.norm = nn.LayerNorm(d, eps=1e-12)
         self.layers = nn.ModuleList(
             Mamba4RecLayer(config) for _ in range(positive_int("num_layers", config["num_layers"]))
         )
 
-    def encode(self, item_seq: Tensor) -> Tensor:
+    def encode(self, item_seq: Tensor, carried: Carried | None = None) -> Tensor:
         h = self.norm(self.dropout(self.item_embedding(item_seq)))  # [B, L, d]
         for layer in self.layers:
-            h = layer(h)
+            h = layer(h, carried)
         return h
 
     def item_vectors(self) -> Tensor:
@@ -61,12 +64,12 @@ class Mamba4RecLayer(nn.Module):
             expand=config["expand"],
             ssm_init=config["ssm_init"],
         )
-        self.dropout = nn.Dropout(config["dropout_prob"])
+        self.dropout = Dropout(config["dropout_prob"])
         self.mamba_norm = nn.LayerNorm(d, eps=1e-12)
         self.ffn = FeedForward(d, 4 * d, config["dropout_prob"], std=config["initializer_range"])
         self.ffn_norm = nn.LayerNorm(d, eps=1e-12)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.dropout(self.mamba(x))  # [B, L, d]
+    def forward(self, x: Tensor, carried: Carried | None = None) -> Tensor:
+        h = self.dropout(through(self.mamba, x, carried))  # [B, L, d]
         h = self.mamba_norm(h + x if self.residual else h)
         return self.ffn_norm(self.ffn(h) + h)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from recbole_holo.errors import ConfigError
-from recbole_holo.layers import Mamba
+from recbole_holo.layers import Dropout, Mamba
+from recbole_holo.layers.carried import Carried, through
 from recbole_holo.layers.gated_ffn import FeedForward
 from recbole_holo.model.base import SequenceRecommender, item_table, one_of, positive_int, positive_number, probability
 
@@ -34,6 +35,8 @@ class RecMamba(SequenceRecommender):
     ``layer_dropout_prob``.
     """
 
+    carries_state = True
+
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
         d = positive_int("hidden_size", config["hidden_size"])
@@ -49,29 +52,29 @@ class RecMamba(SequenceRecommender):
             self.position_embedding = nn.Parameter(
                 nn.init.xavier_normal_(table) if std is None else nn.init.normal_(table, std=std)
             )
-        self.dropout = nn.Dropout(probability("dropout_prob", config["dropout_prob"]))
+        self.dropout = Dropout(probability("dropout_prob", config["dropout_prob"]))
         self.layers = nn.ModuleList(
             RecMambaLayer(config) for _ in range(positive_int("num_layers", config["num_layers"]))
         )
         self.final_norm = nn.LayerNorm(d) if config["norm"] == "pre" else nn.Identity()
 
-    def embed(self, item_seq: Tensor) -> Tensor:
-        """``[B, L]`` → ``[B, L, d]``."""
+    def embed(self, item_seq: Tensor, start: int = 0) -> Tensor:
+        """``[B, L]`` at positions ``start``… → ``[B, L, d]``."""
         x = self.scale * self.item_embedding(item_seq)
         if self.position_embedding is None:
             return x
-        length, rows = item_seq.shape[1], self.position_embedding.shape[0]
-        if length > rows:
+        end, rows = start + item_seq.shape[1], self.position_embedding.shape[0]
+        if end > rows:
             remedy = (
-                f"a sequence of {length} has positions beyond the learned table: raise it, or position_embedding: none"
+                f"a sequence of {end} has positions beyond the learned table: raise it, or position_embedding: none"
             )
             raise ConfigError("MAX_ITEM_LIST_LENGTH", rows, remedy)
-        return x + self.position_embedding[:length]
+        return x + self.position_embedding[start:end]
 
-    def encode(self, item_seq: Tensor) -> Tensor:
-        h = self.dropout(self.embed(item_seq))  # [B, L, d]
+    def encode(self, item_seq: Tensor, carried: Carried | None = None) -> Tensor:
+        h = self.dropout(self.embed(item_seq, carried.position if carried else 0))  # [B, L, d]
         for layer in self.layers:
-            h = layer(h)
+            h = layer(h, carried)
         return self.final_norm(h)
 
     def item_vectors(self) -> Tensor:
@@ -95,13 +98,13 @@ class RecMambaLayer(nn.Module):
             ssm_init=config["ssm_init"],
         )
         self.mamba_norm = nn.Identity() if self.norm_place == "none" else nn.LayerNorm(d)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.ffn = FeedForward(d, inner, dropout) if config["ffn"] else None
         self.ffn_norm = nn.LayerNorm(d) if config["ffn"] and self.norm_place != "none" else nn.Identity()
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, carried: Carried | None = None) -> Tensor:
         """``[B, L, d]`` → ``[B, L, d]``."""
-        h = self._around(h, lambda x: self.dropout(self.mamba(x)), self.mamba_norm)
+        h = self._around(h, lambda x: self.dropout(through(self.mamba, x, carried)), self.mamba_norm)
         return h if self.ffn is None else self._around(h, self.ffn, self.ffn_norm)
 
     def _around(self, h: Tensor, branch: Callable[[Tensor], Tensor], norm: nn.Module) -> Tensor:

@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from recbole_holo.ops.mamba_block import MambaState, MambaWeights
 
 WIDTH = 4  # of the kernel's convolution; narrower ones get zeros in front
-Sizes = native.structure("Sizes", "batch length model inner order rank")
+Sizes = native.structure("Sizes", "batch length model inner order rank half")
 Weights = native.structure(
     "Weights", "", "in_proj in_bias conv conv_bias x_proj dt_proj dt_bias rates skip out_proj out_bias"
 )
 
 
 def mamba_native(
-    hidden: Tensor, weights: MambaWeights, state: MambaState | None = None
+    hidden: Tensor, weights: MambaWeights, state: MambaState | None = None, half: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`recbole_holo.ops.mamba_block.mamba_block_with_state`: the output and the last states, in float32.
 
-    No gradient passes through the states.
+    ``half`` rounds the factors of the projections to bfloat16. No gradient passes through the states.
     """
     w, lanes = weights, native.lanes()
     (model, inner), (order, rank, width) = (
@@ -60,6 +60,7 @@ def mamba_native(
     else:
         conv, ssm = F.pad(state.conv.float(), (0, e - inner, WIDTH - width, 0)), grown(state.ssm, batch, e, n)
     out, last_conv, last_ssm = NativeMamba.apply(
+        half,
         grown(hidden, batch, length, d),
         parts(w.in_proj_weight, [inner, inner], [e, e], d),
         parts(w.in_proj_bias, [inner, inner], [e, e]),
@@ -82,8 +83,9 @@ class NativeMamba(torch.autograd.Function):
     """The kernels as one differentiable function of float32 tensors whose widths fill vectors; A is packed."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, half: bool, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         *weights, conv_state, ssm_state = rest
+        ctx.half = half
         hidden = hidden.contiguous()
         weights = [weight.contiguous() for weight in weights]
         weights[7] = weights[7] * LOG2_E
@@ -94,7 +96,7 @@ class NativeMamba(torch.autograd.Function):
         conv, ssm = conv_state.clone(memory_format=torch.contiguous_format), native.pack(ssm_state)
         out = torch.empty_like(hidden)
         native.library().mamba_forward(
-            *arguments(hidden, weights), *map(native.pointer, (hidden, kept, conv, ssm, out))
+            *arguments(hidden, weights, ctx.half), *map(native.pointer, (hidden, kept, conv, ssm, out))
         )
         ctx.save_for_backward(hidden, kept, conv_state.contiguous(), *weights)
         last = native.unpack(ssm)
@@ -110,16 +112,16 @@ class NativeMamba(torch.autograd.Function):
         shapes[5] = shapes[5][::-1]
         sums = hidden.new_zeros(torch.get_num_threads(), sum(torch.Size(shape).numel() for shape in shapes))
         native.library().mamba_backward(
-            *arguments(hidden, weights), *map(native.pointer, (hidden, kept, conv_state, gout, ghidden, sums))
+            *arguments(hidden, weights, ctx.half), *map(native.pointer, (hidden, kept, conv_state, gout, ghidden, sums))
         )
         gradients = list(native.split(sums, shapes))
         gradients[5] = gradients[5].T
-        return ghidden, *gradients, None, None
+        return None, ghidden, *gradients, None, None
 
 
-def arguments(hidden: Tensor, weights: list[Tensor]) -> tuple[Any, ...]:
+def arguments(hidden: Tensor, weights: list[Tensor], half: bool) -> tuple[Any, ...]:
     (blocks, order, lanes), rank = weights[7].shape, weights[5].shape[1]
-    sizes = Sizes(*hidden.shape, blocks * lanes, order, rank)
+    sizes = Sizes(*hidden.shape, blocks * lanes, order, rank, half)
     return (
         native.by_reference(sizes),
         native.by_reference(Weights(*map(native.pointer, weights))),

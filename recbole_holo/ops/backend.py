@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -61,19 +61,21 @@ _OPERATIONS = {
         "reference",
     ),
     "causal_conv1d": _Operation(
-        _Kernel("causal-conv1d", "causal_conv1d", "causal_conv1d_fn", ("causal_conv1d_cuda",)), ("numba",), "torch"
+        _Kernel("causal-conv1d", "causal_conv1d", "causal_conv1d_fn", ("causal_conv1d_cuda",)),
+        ("native", "torch"),
+        "torch",
     ),
     "state_space_dual": _Operation(
-        _Kernel("mamba-ssm", _SSD_MODULE, "mamba_chunk_scan_combined", ("triton",)), ("torch",), "torch"
+        _Kernel("mamba-ssm", _SSD_MODULE, "mamba_chunk_scan_combined", ("triton",)), ("native", "torch"), "torch"
     ),
     "mamba_block": _Operation(
         _Kernel("mamba-ssm", _SCAN_MODULE, "mamba_inner_fn", ("selective_scan_cuda", "causal_conv1d_cuda")),
         ("native", "composed"),
         "composed",
     ),
-    "mamba2_inner": _Operation(
+    "mamba2_block": _Operation(
         _Kernel("mamba-ssm", _SSD_MODULE, "mamba_split_conv1d_scan_combined", ("triton", "causal_conv1d_cuda")),
-        ("composed",),
+        ("native", "composed"),
         "composed",
     ),
 }
@@ -83,6 +85,7 @@ _backend = "auto"
 _chosen: dict[tuple[str, str, torch.dtype], str] = {}
 _used: dict[str, list[str]] = {}
 _warned: set[str] = set()
+_excluded: set[str] = set()
 
 
 def set_backend(name: str) -> None:
@@ -100,6 +103,20 @@ def set_backend(name: str) -> None:
         raise ConfigError("backend", name, nearest(name, BACKENDS))
     _backend = name
     _chosen.clear()
+
+
+@contextmanager
+def excluding(*forms: str) -> Iterator[None]:
+    """Chooses as if these CPU forms (``native``, ``numba``) were not there, to compare the others."""
+    before = set(_excluded)
+    _excluded.update(forms)
+    _chosen.clear()
+    try:
+        yield
+    finally:
+        _excluded.clear()
+        _excluded.update(before)
+        _chosen.clear()
 
 
 def get_backend() -> str:
@@ -213,7 +230,7 @@ def _choose_cpu(operation: _Operation, dtype: torch.dtype) -> tuple[str, str]:
     problems = {"native": native.problem, "numba": _numba_problem}
     reasons: list[str] = []
     for form in operation.cpu:
-        reason = problems[form]() if form in problems else ""
+        reason = f"{form} is excluded" if form in _excluded else problems[form]() if form in problems else ""
         if not reason:
             if reasons:
                 _warn_once(f"A slower form runs on the CPU ({form}): {'; '.join(reasons)}", reasons[0])

@@ -27,8 +27,8 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     implementation = backend.choose("causal_conv1d", x)
     if implementation == "causal-conv1d":
         return _causal_conv1d_cuda(x, weight, bias, activation)
-    if implementation == "numba":
-        return _causal_conv1d_numba(x, weight, bias, activation)
+    if implementation == "native":
+        return _causal_conv1d_native(x, weight, bias, activation)
     if implementation == "torch":
         return _causal_conv1d_shifted(x, weight, bias, activation)
     return causal_conv1d_reference(x, weight, bias, activation)
@@ -46,11 +46,10 @@ def causal_conv1d_reference(
         return _activate(y, activation).to(dtype)
 
 
-def _causal_conv1d_numba(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    from recbole_holo.ops._causal_conv1d_numba import NumbaCausalConv1d  # imports numba, so only when it is needed
+def _causal_conv1d_native(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    from recbole_holo.ops._causal_conv1d_native import causal_conv1d_native  # compiles, so only when it is needed
 
-    bias = torch.zeros(weight.shape[0]) if bias is None else bias.float()
-    return NumbaCausalConv1d.apply(x.float(), weight.float(), bias, activation == "silu").to(x.dtype)
+    return causal_conv1d_native(x, weight, bias, activation == "silu").to(x.dtype)
 
 
 def _causal_conv1d_shifted(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:

@@ -12,48 +12,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-
-_LOGITS_AT_ONCE = 2**26  # elements of [M, V]: 256 MiB in float32, and as much again for their gradient
-_LOGITS_PER_CHUNK = 2**24
-
-
-def cross_entropy(
-    hidden: Tensor,
-    targets: Tensor,
-    item_vectors: Tensor,
-    bias: Tensor | None = None,
-    chunk_size: int | None = None,
-    exclude_pad: bool = False,
-) -> Tensor:
-    r"""Softmax cross-entropy over the whole catalogue.
-
-    Args:
-        hidden: ``[M, d]``.
-        targets: ``[M]``.
-        item_vectors: ``[V, d]``.
-        bias: ``[V]``, added to the scores.
-        chunk_size: rows whose scores exist at one time; the others are computed in turn and again in the backward
-            pass. None decides by size: all rows at once up to 2²⁶ scores, else chunks of about 2²⁴.
-        exclude_pad: leave item 0 out of the softmax. RecBole's losses keep it in, hence the default.
-
-    Returns:
-        Scalar.
-    """
-    if exclude_pad:
-        item_vectors, targets = item_vectors[1:], targets - 1
-        bias = None if bias is None else bias[1:]
-    rows, items = hidden.shape[0], item_vectors.shape[0]
-    if chunk_size is None:
-        chunk_size = rows if rows * items <= _LOGITS_AT_ONCE else max(1, _LOGITS_PER_CHUNK // items)
-    if chunk_size >= rows:
-        return _summed_cross_entropy(hidden, targets, item_vectors, bias) / rows
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for part, wanted in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
-        total = total + checkpoint(
-            _summed_cross_entropy, part, wanted, item_vectors, bias, use_reentrant=False, preserve_rng_state=False
-        )
-    return total / rows
 
 
 def info_nce(
@@ -64,10 +22,20 @@ def info_nce(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     cosine: bool = False,
+    log_counts: Tensor | None = None,
+    sparse: bool = False,
 ) -> Tensor:
-    r"""``-log( exp(s⁺/τ) / (exp(s⁺/τ) + Σ_k exp(s⁻_k/τ)) )`` with one positive and K negatives.
+    r"""``log( exp(s⁺/τ) + Σ_k exp(s⁻_k/τ - log E_k) ) - s⁺/τ`` with one positive and K negatives.
 
-    A negative that happens to be the target of its row is left out of the sum.
+    Without ``log_counts`` (all E_k = 1) this is InfoNCE. With E_k, the number of times that negative k's item was to be
+    expected among the K, it is the sampled softmax: the sum's expectation is that over all other items, so that the
+    loss and its gradient tend to the full cross-entropy's (pad excluded) as K grows, and equal them where the negatives
+    are all items once. The importance weights are Bengio & Senécal's (2008), their use with one shared sample is Jean
+    et al.'s (2015); as Khrylchenko et al. (2025) point out, the positive is in the sum whatever is drawn, so, other
+    than in the logits of Yi et al. (2019), it is not corrected.
+
+    A negative that happens to be the target of its row is left out of the sum. Computed in float32 at least, also under
+    autocast: a cosine over a small τ has too few digits in bfloat16.
 
     Args:
         hidden: ``[M, d]``.
@@ -77,38 +45,60 @@ def info_nce(
         bias: ``[V]``, added to the scores.
         temperature: τ, a number or a scalar tensor.
         cosine: score by the cosine instead of the dot product.
+        log_counts: log E of each negative, of their shape; for K independent draws from q it is ``log(K q)``.
+        sparse: the gradient of ``item_vectors`` is a sparse tensor; see :func:`torch.nn.functional.embedding`.
 
     Returns:
         Scalar.
     """
-    positive_vectors, negative_vectors = item_vectors[targets], item_vectors[negatives]
-    if cosine:
-        hidden = F.normalize(hidden, dim=-1)
-        positive_vectors, negative_vectors = (F.normalize(v, dim=-1) for v in (positive_vectors, negative_vectors))
-    positive = (hidden * positive_vectors).sum(-1)  # [M]
-    if negatives.dim() == 1:
-        negative = hidden @ negative_vectors.T  # [M, K]
-    else:
-        negative = torch.bmm(negative_vectors, hidden.unsqueeze(-1)).squeeze(-1)
-    if bias is not None:
-        positive, negative = positive + bias[targets], negative + bias[negatives]
-    scores = torch.cat([positive.unsqueeze(-1), negative.to(positive.dtype)], -1).float() / temperature
-    hit = F.pad(negatives == targets.unsqueeze(-1), (1, 0))  # after the division: -inf / τ has no gradient for τ
-    scores = scores.masked_fill(hit, -torch.inf)
-    return (scores.logsumexp(-1) - scores[:, 0]).mean()
+    with torch.autocast(hidden.device.type, enabled=False):
+        vectors = _gather(torch.cat([targets, negatives.flatten()]), item_vectors, cosine, sparse)
+        dtype = torch.promote_types(torch.promote_types(hidden.dtype, vectors.dtype), torch.float32)
+        query, vectors = hidden.to(dtype), vectors.to(dtype)
+        query = (F.normalize(query, dim=-1) if cosine else query) / temperature
+        positive_vectors, negative_vectors = vectors.split([len(targets), negatives.numel()])
+        positive = (query * positive_vectors).sum(-1)  # [M]
+        offset = query.new_zeros(negatives.shape) if log_counts is None else -log_counts.to(dtype)
+        if bias is not None:
+            positive = positive + bias[targets] / temperature
+            offset = offset + bias[negatives] / temperature
+        if negatives.dim() == 1:
+            negative = torch.addmm(offset, query, negative_vectors.T)  # [M, K]
+        else:
+            negative = offset + torch.bmm(negative_vectors.view(*negatives.shape, -1), query.unsqueeze(-1)).squeeze(-1)
+        # Not -inf: of a row without another negative its gradient is nan.
+        negative.masked_fill_(negatives == targets.unsqueeze(-1), torch.finfo(dtype).min)
+        return F.softplus(negative.logsumexp(-1) - positive).mean()
 
 
-def bpr(hidden: Tensor, targets: Tensor, negatives: Tensor, item_vectors: Tensor, bias: Tensor | None = None) -> Tensor:
-    r"""``-log σ(s⁺ - s⁻)`` with one negative a row: ``negatives [M]``. Returns a scalar."""
-    positive = _scores(hidden, targets, item_vectors, bias)
-    negative = _scores(hidden, negatives, item_vectors, bias)
+def bpr(
+    hidden: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    item_vectors: Tensor,
+    bias: Tensor | None = None,
+    cosine: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    r"""``-log σ(s⁺ - s⁻)`` with one negative a row: ``negatives [M]``. Returns a scalar.
+
+    ``cosine`` normalises the items' vectors (``hidden`` is taken as it is), ``sparse`` is :func:`info_nce`'s.
+    """
+    positive, negative = _pair_scores(hidden, targets, negatives, item_vectors, bias, cosine, sparse)
     return -F.logsigmoid(positive - negative).mean()
 
 
-def bce(hidden: Tensor, targets: Tensor, negatives: Tensor, item_vectors: Tensor, bias: Tensor | None = None) -> Tensor:
-    r"""``-log σ(s⁺) - log(1 - σ(s⁻))`` with one negative a row: ``negatives [M]``. Returns a scalar."""
-    positive = _scores(hidden, targets, item_vectors, bias)
-    negative = _scores(hidden, negatives, item_vectors, bias)
+def bce(
+    hidden: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    item_vectors: Tensor,
+    bias: Tensor | None = None,
+    cosine: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    r"""``-log σ(s⁺) - log(1 - σ(s⁻))`` with one negative a row: ``negatives [M]``. Arguments as :func:`bpr`'s."""
+    positive, negative = _pair_scores(hidden, targets, negatives, item_vectors, bias, cosine, sparse)
     return (F.softplus(-positive) + F.softplus(negative)).mean()
 
 
@@ -133,11 +123,23 @@ def sample_negatives(
     return drawn if exclude is None else drawn + (drawn >= exclude)
 
 
-def _summed_cross_entropy(hidden: Tensor, targets: Tensor, item_vectors: Tensor, bias: Tensor | None) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, item_vectors, bias), targets, reduction="sum")
+def _gather(items: Tensor, item_vectors: Tensor, cosine: bool, sparse: bool) -> Tensor:
+    """Vectors of ``items [N]``, ``[N, d]``: all in one call, since each one's gradient is a table of its own."""
+    vectors = F.embedding(items, item_vectors, sparse=sparse)
+    return F.normalize(vectors, dim=-1) if cosine else vectors
 
 
-def _scores(hidden: Tensor, items: Tensor, item_vectors: Tensor, bias: Tensor | None) -> Tensor:
-    """Score of one item a row: ``[M, d]``, ``[M]`` → ``[M]``."""
-    scores = (hidden * item_vectors[items]).sum(-1)
-    return scores if bias is None else scores + bias[items]
+def _pair_scores(
+    hidden: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    item_vectors: Tensor,
+    bias: Tensor | None,
+    cosine: bool,
+    sparse: bool,
+) -> tuple[Tensor, Tensor]:
+    """Scores ``[M]`` of the target and of the negative of each row."""
+    items = torch.stack([targets, negatives])  # [2, M]
+    scores = (hidden * _gather(items, item_vectors, cosine, sparse)).sum(-1)
+    positive, negative = scores if bias is None else scores + bias[items]
+    return positive, negative

@@ -45,15 +45,50 @@ def state_space_dual(
     Raises:
         ConfigError: the groups do not divide the heads.
     """
-    heads, groups = x.shape[2], B.shape[2]
-    if heads % groups:
-        raise ConfigError("ngroups", groups, f"it must divide the number of heads, {heads}")
+    _check_groups(x, B)
     implementation = backend.choose("state_space_dual", x)
     if implementation == "mamba-ssm":
         return _state_space_dual_cuda(x, dt, A, B, C, D, dt_bias, dt_softplus, chunk_size)
+    if implementation == "native":
+        return _state_space_dual_native(x, dt, A, B, C, D, dt_bias, dt_softplus, None, False)[0]
     if implementation == "torch":
-        return _state_space_dual_products(x, dt, A, B, C, D, dt_bias, dt_softplus, chunk_size)
+        return _state_space_dual_products(x, dt, A, B, C, D, dt_bias, dt_softplus, chunk_size, None, False)[0]
     return state_space_dual_reference(x, dt, A, B, C, D, dt_bias, dt_softplus)
+
+
+def state_space_dual_with_state(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = True,
+    chunk_size: int = 64,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`state_space_dual` from a state h_{-1} to the state h_{L-1}; gradients pass through both.
+
+    Args:
+        initial_state: ``[batch, H, P, N]``; zeros if None.
+
+    Returns:
+        ``[batch, L, H, P]`` in the type of ``x``, and ``[batch, H, P, N]`` in float32 (float64 inputs: float64).
+    """
+    _check_groups(x, B)
+    implementation = backend.choose("state_space_dual", x)
+    if implementation == "mamba-ssm":
+        initial = None if initial_state is None else initial_state.float()
+        y, last = _state_space_dual_cuda(
+            x, dt, A, B, C, D, dt_bias, dt_softplus, chunk_size, initial_states=initial, return_final_states=True
+        )
+        return y, last.float()
+    if implementation == "native":
+        return _state_space_dual_native(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, True)
+    if implementation == "torch":
+        return _state_space_dual_products(x, dt, A, B, C, D, dt_bias, dt_softplus, chunk_size, initial_state, True)
+    return _reference(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state)
 
 
 def state_space_dual_reference(
@@ -67,18 +102,51 @@ def state_space_dual_reference(
     dt_softplus: bool = True,
 ) -> Tensor:
     """:func:`state_space_dual` step by step, by plain operations, for any device and floating type."""
+    return _reference(x, dt, A, B, C, D, dt_bias, dt_softplus, None)[0]
+
+
+def _reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     dtype, heads = x.dtype, x.shape[2]
     with backend.without_autocast(x):
         x, A, B, C = (backend.working(t) for t in (x, A, B, C))
         dt = _step_sizes(dt, dt_bias, dt_softplus)
         B, C = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))  # [batch, L, H, N]
-        h, outputs = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1]), []
+        start = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1])
+        h, outputs = start if initial_state is None else initial_state.to(x.dtype), []
         # unbind, not indexing: the gradient of x[:, t] is a zero tensor as large as x for every t, quadratic in L.
         steps = (t.unbind(1) for t in (torch.exp(dt * A), dt.unsqueeze(-1) * x, B, C))
         for decay, x_t, b_t, c_t in zip(*steps, strict=True):
             h = decay[..., None, None] * h + x_t.unsqueeze(-1) * b_t.unsqueeze(-2)  # [batch, H, P, N]
             outputs.append(torch.matmul(h, c_t.unsqueeze(-1)).squeeze(-1))
-        return _add_skip(torch.stack(outputs, 1), x, D).to(dtype)
+        return _add_skip(torch.stack(outputs, 1), x, D).to(dtype), h
+
+
+def _state_space_dual_native(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    wants_state: bool,
+) -> tuple[Tensor, Tensor]:
+    from recbole_holo.ops._state_space_dual_native import state_space_dual_native  # compiles, so only when it is needed
+
+    y, last = state_space_dual_native(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, wants_state)
+    return y.to(x.dtype), last
 
 
 def _state_space_dual_products(
@@ -91,11 +159,13 @@ def _state_space_dual_products(
     dt_bias: Tensor | None,
     dt_softplus: bool,
     chunk_size: int,
-) -> Tensor:
+    initial_state: Tensor | None,
+    wants_state: bool,
+) -> tuple[Tensor, Tensor]:
     """Chunks of equal length: inside one, a masked product like attention; between them, their last states.
 
     Every group becomes a batch entry of its own, so B and C are never repeated over heads and the states of all heads
-    of a group come from one matrix product.
+    of a group come from one matrix product. The last state is empty unless ``wants_state``.
     """
     dtype = x.dtype
     batch, length, heads, width = x.shape
@@ -121,19 +191,29 @@ def _state_space_dual_products(
         within = _Decay.apply(exponents.transpose(2, 3))  # [bg, c, h, q, q]
         weights = within * (c @ b.transpose(-1, -2)).unsqueeze(2)
         y = torch.matmul(weights, inputs.transpose(2, 3)).transpose(2, 3)  # [bg, c, q, h, p]
-        if chunks > 1:
-            to_end = torch.exp(total[:, :-1, -1:] - total[:, :-1]).unsqueeze(-1)
-            added = b[:, :-1].transpose(-1, -2) @ (inputs[:, :-1] * to_end).flatten(3)  # [bg, c-1, n, h·p]
+        # States between chunks are [bg, n, h, p].
+        state = x.new_zeros(()) if initial_state is None else initial_state.to(x.dtype).unflatten(1, (groups, shared))
+        if initial_state is not None:
+            state = state.flatten(0, 1).permute(0, 3, 1, 2)
+        first, last = int(initial_state is None), chunks if wants_state else chunks - 1
+        states = []
+        if last > 0:
+            to_end = torch.exp(total[:, :last, -1:] - total[:, :last]).unsqueeze(-1)
+            added = b[:, :last].transpose(-1, -2) @ (inputs[:, :last] * to_end).flatten(3)  # [bg, c, n, h·p]
             added = added.view(*added.shape[:3], shared, width)
             across = torch.exp(total[:, :, -1])[:, :, None, :, None]
-            state, states = added[:, 0], [added[:, 0]]
-            for i in range(1, chunks - 1):
-                state = torch.addcmul(added[:, i], across[:, i], state)
+            for i in range(last):
                 states.append(state)
-            carried = (c[:, 1:] @ torch.stack(states, 1).flatten(3)).view_as(inputs[:, 1:])
-            y = torch.cat([y[:, :1], y[:, 1:] + carried * torch.exp(total[:, 1:]).unsqueeze(-1)], 1)
+                state = torch.addcmul(added[:, i], across[:, i], state)
+        states = [*states, state][first:chunks]
+        if states:
+            carried = (c[:, first:] @ torch.stack(states, 1).flatten(3)).view_as(inputs[:, first:])
+            y = torch.cat([y[:, :first], y[:, first:] + carried * torch.exp(total[:, first:]).unsqueeze(-1)], 1)
         y = y.reshape(batch, groups, chunks * size, shared, width)[:, :, :length].transpose(1, 2)
-        return _add_skip(y.reshape(batch, length, heads, width), x, D).to(dtype)
+        y = _add_skip(y.reshape(batch, length, heads, width), x, D).to(dtype)
+        if wants_state:
+            state = state.permute(0, 2, 3, 1).reshape(batch, heads, width, order)
+        return y, state
 
 
 class _Decay(torch.autograd.Function):
@@ -174,7 +254,8 @@ def _state_space_dual_cuda(
     dt_bias: Tensor | None,
     dt_softplus: bool,
     chunk_size: int,
-) -> Tensor:
+    **states: Any,
+) -> Any:
     return backend.kernel("state_space_dual")(
         x=x,
         dt=dt,
@@ -185,7 +266,14 @@ def _state_space_dual_cuda(
         D=D,
         dt_bias=dt_bias,
         dt_softplus=dt_softplus,
+        **states,
     )
+
+
+def _check_groups(x: Tensor, B: Tensor) -> None:
+    heads, groups = x.shape[2], B.shape[2]
+    if heads % groups:
+        raise ConfigError("ngroups", groups, f"it must divide the number of heads, {heads}")
 
 
 def _step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> Tensor:

@@ -5,18 +5,16 @@ Every function does nothing in a single process.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from recbole.data.dataloader import TrainDataLoader
 from recbole.data.interaction import Interaction
-from recbole.evaluator.collector import Collector, DataStruct
 from torch import Tensor, nn
 
-from recbole_holo.data import TARGETS_SUFFIX
+from recbole_holo.training.sparse import average_gradient
 
 SHARD_ROWS = "_shard_rows"  # rows of this process's share of a batch that count; see ShardedTrainDataLoader
-ROW_TABLES = ("rec.topk", "rec.items", "rec.meanrank", "rec.score", "data.label")
 T = TypeVar("T")
 
 
@@ -49,45 +47,45 @@ def broadcast_parameters(model: nn.Module) -> None:
 
 
 def average_gradients(model: nn.Module) -> None:
-    """The mean over processes of every gradient, in one flat message."""
+    """The mean over processes of every gradient: of the dense ones in one flat message, of each sparse one by rows."""
     size = world()[1]
     if size == 1:
         return
-    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters() if p.requires_grad]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    sparse = [p for p in trained if p.grad is not None and p.grad.is_sparse]
+    for parameter in sparse:
+        parameter.grad = average_gradient(cast(Tensor, parameter.grad))
+    by_rows = {id(p) for p in sparse}
+    dense = [p for p in trained if id(p) not in by_rows]
+    flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in dense])
     torch.distributed.all_reduce(flat)
     flat /= size
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    for parameter, part in zip((p for p in model.parameters() if p.requires_grad), parts, strict=True):
+    for parameter, part in zip(dense, flat.split([p.numel() for p in dense]), strict=True):
         parameter.grad = part.view_as(parameter)
 
 
-def loss_weight(interaction: Interaction) -> float | Tensor:
-    """What this process's mean loss must be multiplied by, for the mean over processes to be the mean over targets."""
+def loss_weight(interaction: Interaction) -> float | Tensor | None:
+    """What a batch's mean loss must be multiplied by, for the mean over processes to be the mean over its targets.
+
+    None: by nothing. Batches of whole sequences are also weighted among themselves, by their loader.
+    """
+    planned = getattr(interaction, "loss_weight", None)
+    if planned is not None:
+        return planned
     size = world()[1]
     if size == 1:
-        return 1.0
-    targets = [key for key in interaction.columns if key.endswith(TARGETS_SUFFIX)]
-    own = (interaction[targets[0]] > 0).sum() if targets else interaction[SHARD_ROWS][0]
-    own = own.float()
+        return None
+    own = interaction[SHARD_ROWS][0].float()
     everyone = own.clone()
     torch.distributed.all_reduce(everyone)
     return own * size / everyone.clamp(min=1)
 
 
-class GatheringCollector(Collector):
-    """RecBole's collector; after a sharded evaluation it holds the rows of all processes, for its evaluator."""
-
-    sharded = False
-
-    def get_data_struct(self) -> DataStruct:
-        struct = super().get_data_struct()
-        for name in ROW_TABLES if self.sharded else ():
-            if name in struct:
-                rows: list[Any] = [None] * world()[1]
-                torch.distributed.all_gather_object(rows, struct[name])
-                struct[name] = torch.cat(rows)
-        return struct
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes, on the host: ``[n, ...]`` of each → ``[sum of n, ...]``."""
+    parts: list[Any] = [None] * world()[1]
+    torch.distributed.all_gather_object(parts, rows)
+    return torch.cat(parts)
 
 
 def shard(split: Any) -> Any:
@@ -104,7 +102,4 @@ class ShardedTrainDataLoader(TrainDataLoader):
         share = list(index)[rank::size]
         batch = super().collate_fn(share or list(index)[:1])  # a short last batch: a stand-in row that does not count
         batch.update(Interaction({SHARD_ROWS: torch.full((len(batch),), len(share))}))
-        for key in batch.columns:
-            if key.endswith(TARGETS_SUFFIX) and not share:
-                batch[key] = torch.zeros_like(batch[key])
         return batch

@@ -6,7 +6,7 @@ import os
 import random
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from time import perf_counter
 from typing import Any
 
@@ -16,13 +16,18 @@ from recbole.data.dataloader import FullSortEvalDataLoader
 from recbole.trainer import Trainer
 from recbole.utils import get_trainer, set_color
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from recbole_holo.bridge import checkpoint, registry
 from recbole_holo.bridge.config import overridden
+from recbole_holo.data.batches import SequenceTrainLoader
 from recbole_holo.errors import ConfigError, NonFiniteLoss
+from recbole_holo.model.base import SequenceRecommender
 from recbole_holo.training import distributed
+from recbole_holo.training.evaluation import ArrayCollector, ArrayEvaluator
+from recbole_holo.training.graphs import EncoderGraphs, width_multiple
+from recbole_holo.training.schedule import LearningRate, WeightAverage
+from recbole_holo.training.sparse import clip_grad_norm_, lazy_optimizer
 
 
 class SafeCheckpoints(Trainer):
@@ -62,7 +67,7 @@ class SafeCheckpoints(Trainer):
                     "cur_step": self.cur_step,
                     "best_valid_score": float(self.best_valid_score),
                     "best_valid_result": self._valid_result,
-                    "state_dict": self.model.state_dict(),
+                    **self._weights(),
                     "other_parameter": checkpoint.pack(self.model.other_parameter()),
                     "optimizer": self.optimizer.state_dict(),
                     "random_state": self._random_state(),
@@ -72,6 +77,14 @@ class SafeCheckpoints(Trainer):
         distributed.barrier()
         if verbose:
             self.logger.info(set_color("Saving current", "blue") + f": {path}")
+
+    def _weights(self) -> dict[str, Any]:
+        """What a checkpoint holds of the model's parameters and buffers."""
+        return {"state_dict": self.model.state_dict()}
+
+    def _load_weights(self, saved: dict[str, Any]) -> None:
+        """The inverse, to continue training."""
+        self.model.load_state_dict(saved["state_dict"])
 
     def save_pretrained_model(self, epoch: int, saved_model_file: str) -> None:
         """What RecBole's S3Rec trainer writes between its two stages, and reads back in the second."""
@@ -116,7 +129,7 @@ class SafeCheckpoints(Trainer):
         self.cur_step = saved["cur_step"]
         self.best_valid_score = saved["best_valid_score"]
         self.best_valid_result = saved.get("best_valid_result")
-        self.model.load_state_dict(saved["state_dict"])
+        self._load_weights(saved)
         self.model.load_other_parameter(checkpoint.unpack(saved.get("other_parameter")))
         self.optimizer.load_state_dict(saved["optimizer"])
         self._resumed = saved.get("random_state")
@@ -174,32 +187,73 @@ class SafeCheckpoints(Trainer):
 class HoloTrainer(SafeCheckpoints, Trainer):
     """The trainer of this package's models, and of every RecBole model that trains with RecBole's plain ``Trainer``.
 
-    Same features and, in one process, the same numbers as RecBole's (early stopping, AMP, gradient clipping,
-    tensorboard, wandb). Besides: no host synchronisation per step on CUDA; parameters marked ``_no_weight_decay`` (the
-    SSM's ``A_log``, ``D``, ``dt_bias``) are not decayed; a loss that is not finite stops training with the step and the
-    last good checkpoint; over several processes, gradients are those of the whole batch in one process.
+    Same features and, for RecBole's models in one process, the same numbers as RecBole's (early stopping, AMP, gradient
+    clipping, tensorboard, wandb). Besides:
+
+    * no host synchronisation per step on CUDA, and none at all in an epoch of whole sequences;
+    * this package's models get PyTorch's fused adam or adamw; of their parameters, those marked ``_no_weight_decay``
+      (the SSM's ``A_log``, ``D``, ``dt_bias``) are not decayed;
+    * a schedule of the learning rate (``lr_scheduler``), an average of the weights (``ema_decay``): it is what
+      validation, the saved best model and the model that :meth:`fit` leaves have, while training goes on with the
+      weights themselves, which a checkpoint holds, too; graphs of small batches (``cuda_graphs``);
+    * a loss that is not finite stops training with the step and the last good checkpoint: at once on a CPU, at the end
+      of the epoch on CUDA, where looking means waiting;
+    * over several processes, gradients are those of the whole batch in one process.
+
+    ``enable_amp: True`` is bfloat16 autocast, which needs no scaling; with ``enable_scaler: True`` it is float16.
     """
 
     def __init__(self, config, model) -> None:
+        self.schedule = LearningRate.from_config(config)
+        self.ema_decay = WeightAverage.decay_of(config)
+        self.average: WeightAverage | None = None  # while training
         # As one process sees it: RecBole then leaves the model unwrapped, and gradients are averaged here.
         with overridden(config, single_spec=True):
             super().__init__(config, model)
         self.epoch_seconds: list[float] = []
         distributed.broadcast_parameters(self.model)
-        self.eval_collector = distributed.GatheringCollector(config)
+        self.graphs = EncoderGraphs.from_config(config, self.model)
+        self.eval_collector = ArrayCollector(config)
+        self.evaluator = ArrayEvaluator(config)
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
-        if "params" not in kwargs:
-            parameters = list(self.model.parameters())
-            undecayed = [p for p in parameters if getattr(p, "_no_weight_decay", False)]
-            if undecayed:
-                decayed = [p for p in parameters if not getattr(p, "_no_weight_decay", False)]
-                kwargs["params"] = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
         optimizer = super()._build_optimizer(**kwargs)
+        if isinstance(self.model, SequenceRecommender) and not kwargs:
+            optimizer = self._own_optimizer(optimizer)
         for group in optimizer.param_groups:
             if "betas" in group and self.config["adam_betas"]:
                 group["betas"] = tuple(self.config["adam_betas"])
         return optimizer
+
+    def _own_optimizer(self, recboles: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """RecBole's, with undecayed parameters in a group of their own, and for adam and adamw fused or sparse."""
+        parameters = list(self.model.parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if not getattr(p, "_no_weight_decay", False)]},
+            {"params": [p for p in parameters if getattr(p, "_no_weight_decay", False)], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        kind: Any = type(recboles)
+        settings: dict[str, Any] = {
+            key: recboles.defaults[key] for key in ("lr", "weight_decay") if key in recboles.defaults
+        }
+        if getattr(self.model, "sparse_embedding", False):
+            kind = lazy_optimizer(self.learner)
+        if issubclass(kind, (torch.optim.Adam, torch.optim.AdamW)):
+            settings["fused"] = self.device.type in ("cpu", "cuda")
+        return kind(groups, **settings)
+
+    # ------------------------------------------------------------------ training
+    def fit(self, train_data: Any, valid_data: Any = None, **kwargs: Any) -> tuple[float, dict[str, float] | None]:
+        if self.ema_decay is not None and self.average is None:
+            self.average = WeightAverage(self.model, self.ema_decay)
+        if self.graphs is not None and isinstance(train_data, SequenceTrainLoader):
+            train_data.round_width_to = width_multiple(self.config["MAX_ITEM_LIST_LENGTH"])
+        result = super().fit(train_data, valid_data, **kwargs)
+        if self.average is not None:
+            self.average.keep()
+            self.average = None
+        return result
 
     def _train_epoch(
         self,
@@ -210,43 +264,85 @@ class HoloTrainer(SafeCheckpoints, Trainer):
     ) -> float | tuple[float, ...]:
         started = perf_counter()
         self.model.train()
-        loss_func = loss_func or self.model.calculate_loss
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.enable_scaler)
-        half = torch.float16 if self.enable_scaler else torch.bfloat16
-        total: Tensor | None = None
-        broken_at = torch.full((), -1, device=self.device)  # first step with a loss that is not finite
-        batches = tqdm(
-            train_data,
+        batches = iter(train_data)
+        steps = len(train_data)  # after iter: the epoch's own number
+        shown = tqdm(
+            batches,
+            total=steps,
             ncols=100,
             desc=set_color(f"Train {epoch_idx:>5}", "pink"),
             disable=not show_progress,
         )
-        for step, interaction in enumerate(batches):
-            interaction = interaction.to(self.device)
-            self.optimizer.zero_grad()
-            with torch.autocast(self.device.type, dtype=half, enabled=self.enable_amp):
-                losses = loss_func(interaction)
-            parts = losses if isinstance(losses, tuple) else (losses,)
-            loss = torch.stack([part.sum() for part in parts]).sum() * distributed.loss_weight(interaction)
-
-            broken = ~torch.isfinite(loss.detach())
-            broken_at = torch.where(broken & (broken_at < 0), step, broken_at)
-            if self.device.type == "cpu" and broken:
-                break  # on CUDA looking costs a synchronisation: it is done once an epoch
-            scaler.scale(loss).backward()
-            distributed.average_gradients(self.model)
-            if self.clip_grad_norm:
-                scaler.unscale_(self.optimizer)
-                clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
-            scaler.step(self.optimizer)
-            scaler.update()
-            current = torch.stack([part.detach().double().sum() for part in parts])
-            total = current if total is None else total + current
-        if int(broken_at) >= 0:
-            self._stop_at(epoch_idx, int(broken_at))
+        record: list[Tensor] = []  # the losses of every step, on the device
+        with self.graphs.replaying() if self.graphs is not None else nullcontext():
+            for step, interaction in enumerate(shown):
+                if self.schedule is not None:
+                    self._set_learning_rate(self.schedule.factor((epoch_idx + (step + 1) / steps) / self.epochs))
+                record.append(self._step(interaction.to(self.device), loss_func or self.model.calculate_loss, scaler))
+                if not self._looks_finite(record[-1]):
+                    break
+        losses = torch.stack(record).double().cpu() if record else torch.zeros(0, 1)
+        broken = ~torch.isfinite(losses).all(1)
+        if broken.any():
+            self._stop_at(epoch_idx, int(broken.int().argmax()))
         self.epoch_seconds.append(perf_counter() - started)
-        values = [] if total is None else total.tolist()
-        return tuple(values) if len(values) > 1 else sum(values)
+        values = losses.sum(0).tolist()
+        return tuple(values) if len(values) > 1 else values[0]
+
+    def _step(
+        self,
+        interaction: Any,
+        loss_func: Callable[[Any], Tensor | tuple[Tensor, ...]],
+        scaler: torch.amp.GradScaler,
+    ) -> Tensor:
+        """One update, or none if the loss is seen not to be finite; returns its parts, weighted: ``[n_parts]``."""
+        self.optimizer.zero_grad()
+        half = torch.float16 if self.enable_scaler else torch.bfloat16
+        weight = distributed.loss_weight(interaction)
+        found: list[Tensor] = []
+        terms = self._terms(interaction, loss_func)
+        while True:
+            # A graph holds the casts that it was captured with, so there is nothing to cache.
+            with torch.autocast(self.device.type, half, enabled=self.enable_amp, cache_enabled=self.graphs is None):
+                losses = next(terms, None)
+            if losses is None:
+                break
+            parts = losses if isinstance(losses, tuple) else (losses,)
+            if weight is not None:
+                parts = tuple(part * weight for part in parts)
+            found.append(torch.stack([part.detach().sum() for part in parts]))
+            if not self._looks_finite(found[-1]):
+                return found[-1]
+            scaler.scale(sum(parts[1:], parts[0]).sum()).backward()
+        values = torch.stack(found).sum(0) if found else torch.zeros(1, device=self.device)
+        distributed.average_gradients(self.model)
+        if self.clip_grad_norm:
+            scaler.unscale_(self.optimizer)
+            clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
+        scaler.step(self.optimizer)
+        scaler.update()
+        if self.average is not None:
+            self.average.update()
+        return values
+
+    def _looks_finite(self, losses: Tensor) -> bool:
+        """On a CPU, whether they are finite; on CUDA, where looking means waiting, True until the epoch ends."""
+        return self.device.type != "cpu" or bool(torch.isfinite(losses).all())
+
+    def _terms(
+        self, interaction: Any, loss_func: Callable[[Any], Tensor | tuple[Tensor, ...]]
+    ) -> Iterator[Tensor | tuple[Tensor, ...]]:
+        """What adds up to the loss of a batch, each term to be differentiated before the next is asked for."""
+        steps, model = self.config["train_steps_at_once"], self.model
+        if steps is None or not isinstance(model, SequenceRecommender) or model.ITEM_TARGETS not in interaction:
+            yield loss_func(interaction)
+        else:
+            yield from model.losses_in_parts(interaction, steps)
+
+    def _set_learning_rate(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * factor
 
     def _stop_at(self, epoch: int, step: int) -> None:
         good = self.saved_model_file if os.path.exists(self.saved_model_file) else None
@@ -256,9 +352,30 @@ class HoloTrainer(SafeCheckpoints, Trainer):
             + "Lower learning_rate, set clip_grad_norm: {max_norm: 1.0}, or switch enable_amp off."
         )
 
+    # ------------------------------------------------------------------ checkpoints
+    def _weights(self) -> dict[str, Any]:
+        if self.average is None:
+            return super()._weights()
+        training = self.average.state_dict()
+        with self.average.applied():
+            return {"state_dict": {k: v.clone() for k, v in self.model.state_dict().items()}, "ema": training}
+
+    def _load_weights(self, saved: dict[str, Any]) -> None:
+        super()._load_weights(saved)
+        if "ema" in saved:
+            average = WeightAverage(self.model, self.ema_decay or 0.0)
+            average.load_state_dict(saved["ema"])  # and the model has the weights that were trained, average or not
+            if self.ema_decay is not None:
+                self.average = average
+
     # ------------------------------------------------------------------ evaluation
+    def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict[str, float]]:
+        with self.average.applied() if self.average is not None else nullcontext():
+            return super()._valid_epoch(valid_data, show_progress)
+
     def evaluate(self, eval_data: Any, *args: Any, **kwargs: Any) -> dict[str, float] | None:
         self.eval_collector.sharded = getattr(eval_data, "is_sharded", False)
+        self.eval_collector.order = getattr(eval_data, "order", None)
         return super().evaluate(eval_data, *args, **kwargs)
 
     def _neg_sample_batch_eval(self, batched_data: Any) -> tuple[Any, Tensor, Tensor, Tensor]:

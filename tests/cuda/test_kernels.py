@@ -31,6 +31,7 @@ from recbole_holo.ops import (
     sample_negatives,
     selective_scan,
     state_space_dual,
+    state_space_dual_with_state,
     unbind,
     unitary,
 )
@@ -135,6 +136,21 @@ def test_state_space_dual(dtype, length, heads, width, groups, order):
     assert "mamba-ssm" in backend.report()["state_space_dual"]
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("length", [3, 65])
+def test_state_space_dual_from_a_state_to_a_state(dtype, length):
+    needs("state_space_dual")
+    x, dt, A = torch.randn(3, length, 2, 64), 0.5 * torch.randn(3, length, 2), -torch.empty(2).uniform_(1, 16)
+    B, C = torch.randn(2, 3, length, 1, 16)
+
+    def run(*inputs: Tensor) -> Tensor:
+        y, last = state_space_dual_with_state(*inputs[:-1], initial_state=inputs[-1])
+        return torch.cat([y.flatten().to(last), last.flatten()])
+
+    inputs = [x, dt, A, B, C, torch.randn(2), step_bias(2), torch.randn(3, 2, 64, 16)]
+    compare(run, inputs, dtype, typed=(0, 1, 3, 4))
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 def test_mamba_block(length):
     needs("mamba_block")
@@ -147,10 +163,12 @@ def test_mamba_block(length):
     assert "mamba-ssm" in backend.report()["mamba_block"]
 
 
-def test_parts_of_a_sequence_give_the_whole():
-    """The kernels know no state: steps in front of a part write it, steps behind it read it."""
-    needs("mamba_block")
-    block, hidden = Mamba(64).cuda(), torch.randn(3, 200, 64, device="cuda")
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "LatentMamba2"])
+def test_parts_of_a_sequence_give_the_whole(name):
+    """Mamba-1's kernels know no state: steps in front of a part write it, steps behind it read it."""
+    needs("mamba_block" if name == "Mamba" else "mamba2_block")
+    build, shape = BLOCKS[name]
+    block, hidden = build().cuda(), torch.randn(3, 200, *shape, device="cuda")
     state, outputs = None, []
     for part in hidden.split([1, 63, 136], 1):
         out, state = block.forward_from(part, state)
@@ -161,7 +179,7 @@ def test_parts_of_a_sequence_give_the_whole():
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("norm_before_gate", [False, True])
 def test_mamba2_inner(length, norm_before_gate):
-    needs("mamba2_inner")
+    needs("mamba2_block")
 
     def run(*inputs: Tensor) -> Tensor:
         sizes = {"headdim": 16, "ngroups": 4, "d_state": 16, "chunk_size": 64}
@@ -171,7 +189,7 @@ def test_mamba2_inner(length, norm_before_gate):
     inputs = [torch.randn(3, length, 128 + channels + 8), 0.5 * torch.randn(channels, 4), torch.randn(channels)]
     inputs += [step_bias(8), -torch.empty(8).uniform_(1, 16), torch.randn(8), torch.rand(128) + 0.5]
     compare(run, inputs, torch.float32, typed=())
-    assert "mamba-ssm" in backend.report()["mamba2_inner"]
+    assert "mamba-ssm" in backend.report()["mamba2_block"]
 
 
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {

@@ -11,12 +11,17 @@ import yaml
 from recbole_holo.data.attributes import ItemAttribute
 from recbole_holo.model.holomambarec import HoloMambaRec
 from recbole_holo.model.hydra import Hydra
+from recbole_holo.model.linrec import LinRec
 from recbole_holo.model.mamba4rec import Mamba4Rec
 from recbole_holo.model.recmamba import RecMamba
+from recbole_holo.model.sequence_sasrec import SequenceSASRec
 
 PROPERTIES = Path(__file__).resolve().parents[2] / "properties"
-MODELS = {model.__name__: model for model in (HoloMambaRec, Hydra, RecMamba, Mamba4Rec)}
-PRESETS = [name + suffix for name in MODELS for suffix in ("", "_paper")]
+STATE_SPACE = {model.__name__: model for model in (HoloMambaRec, Hydra, RecMamba, Mamba4Rec)}
+MODELS = STATE_SPACE | {model.__name__: model for model in (LinRec, SequenceSASRec)}
+ALL_PRESETS = [name + suffix for name in MODELS for suffix in ("", "_paper")]
+NOT_CAUSAL = ("LinRec_paper",)  # trains on prefixes only
+PRESETS = [name for name in ALL_PRESETS if name not in NOT_CAUSAL]
 
 RECBOLE = {
     "USER_ID_FIELD": "user_id",
@@ -37,6 +42,8 @@ TINY = {
     "MAX_ITEM_LIST_LENGTH": 12,
     "dropout_prob": 0.0,
     "layer_dropout_prob": 0.0,
+    "hidden_dropout_prob": 0.0,
+    "attn_dropout_prob": 0.0,
 }
 
 
@@ -87,4 +94,10 @@ def build_tiny(preset: str, **overrides):
 
 @pytest.fixture(params=PRESETS)
 def preset(request) -> str:
+    """A model that may be trained on whole sequences."""
+    return request.param
+
+
+@pytest.fixture(params=ALL_PRESETS)
+def any_preset(request) -> str:
     return request.param

@@ -15,7 +15,7 @@ from recbole_holo.layers import Mamba
 from recbole_holo.layers.gated_ffn import FeedForward, SwiGLU
 from recbole_holo.layers.rope import rotary
 
-from .conftest import MODELS, build, build_tiny, read_yaml
+from .conftest import MODELS, STATE_SPACE, build, build_tiny, read_yaml
 
 LENGTHS = [9, 1, 5, 7]
 UNTRAINED = {"bundle_roles"}  # HoloMambaRec's authors allocate them and never use them
@@ -85,8 +85,8 @@ def test_a_position_sees_no_later_item(preset):
         assert (other[:, t + 1 :] - hidden[:, t + 1 :]).abs().amax(-1).gt(1e-7).all()
 
 
-def test_pads_and_batch_companions_change_nothing(preset):
-    model, seq = build_tiny(preset), histories()
+def test_pads_and_batch_companions_change_nothing(any_preset):
+    model, seq = build_tiny(any_preset), histories()
     hidden = model.encode(seq)
     longer = model.encode(F.pad(seq, (0, 3)))
     for row, length in enumerate(LENGTHS):
@@ -95,8 +95,8 @@ def test_pads_and_batch_companions_change_nothing(preset):
             torch.testing.assert_close(other, hidden[row, :length], rtol=1e-5, atol=1e-6)
 
 
-def test_forward_is_encode_at_the_last_item(preset):
-    model, seq = build_tiny(preset), histories()
+def test_forward_is_encode_at_the_last_item(any_preset):
+    model, seq = build_tiny(any_preset), histories()
     lengths = torch.tensor(LENGTHS)
     expected = model.encode(seq)[torch.arange(len(LENGTHS)), lengths - 1]
     torch.testing.assert_close(model.forward(seq, lengths), expected, rtol=0, atol=0)
@@ -121,8 +121,8 @@ def test_histories_without_a_target_give_a_loss_of_zero(preset):
 
 # ---------------------------------------------------------------------- scoring
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
-def test_predict_is_full_sort_predict_gathered(preset, similarity):
-    model, seq = build_tiny(preset, similarity=similarity), histories()
+def test_predict_is_full_sort_predict_gathered(any_preset, similarity):
+    model, seq = build_tiny(any_preset, similarity=similarity), histories()
     items = torch.tensor([3, 29, 1, 12])
     batch = prefix(model, seq, items)
     scores = model.full_sort_predict(batch)
@@ -139,7 +139,7 @@ def test_gradients_reach_every_parameter(preset):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("loss_type", ["CE", "InfoNCE"])
+@pytest.mark.parametrize("loss_type", ["CE", "InfoNCE", "SampledCE"])
 def test_the_pad_row_stays_zero(preset, loss_type):
     model = build_tiny(preset, loss_type=loss_type).train()
     tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx == 0]
@@ -154,7 +154,7 @@ def test_the_pad_row_stays_zero(preset, loss_type):
     assert all(not table[0].any() for table in tables)
 
 
-@pytest.mark.parametrize("loss_type", ["CE", "BPR", "BCE", "InfoNCE"])
+@pytest.mark.parametrize("loss_type", ["CE", "BPR", "BCE", "InfoNCE", "SampledCE"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_loss_learns_a_handful_of_sequences(name, loss_type):
     model = build_tiny(name, loss_type=loss_type).train()
@@ -180,8 +180,8 @@ def test_the_temperature_is_learned_when_asked():
     assert "log_temperature" not in build_tiny("Hydra").state_dict()
 
 
-def test_state_dict_round_trip(preset):
-    model, other, seq = build_tiny(preset), build_tiny(preset, seed=7), histories()
+def test_state_dict_round_trip(any_preset):
+    model, other, seq = build_tiny(any_preset), build_tiny(any_preset, seed=7), histories()
     assert not torch.equal(model.encode(seq), other.encode(seq))
     other.load_state_dict(model.state_dict())
     assert torch.equal(model.encode(seq), other.encode(seq))
@@ -259,9 +259,21 @@ def test_ssm_init_reaches_the_latent_heads():
         ("Mamba4Rec", "num_layers", {"num_layers": 0}),
         ("Mamba4Rec", "dropout_prob", {"dropout_prob": 1.0}),
         ("Mamba4Rec", "loss_type", {"loss_type": "ce"}),
-        *((name, "ssm_init", {"ssm_init": "offical"}) for name in MODELS),
-        *((name, "d_state", {"d_state": 0}) for name in MODELS),
-        *((name, "d_conv", {"d_conv": 5}) for name in MODELS),
+        ("LinRec", "causal", {"causal": False}),
+        ("LinRec", "key_norm", {"key_norm": "row"}),
+        ("LinRec", "n_heads", {"n_heads": 3}),
+        ("SequenceSASRec", "n_heads", {"n_heads": 5}),
+        ("SequenceSASRec", "n_layers", {"n_layers": 0}),
+        ("SequenceSASRec", "inner_size", {"inner_size": None}),
+        ("SequenceSASRec", "hidden_act", {"hidden_act": "mish"}),
+        ("SequenceSASRec", "layer_norm_eps", {"layer_norm_eps": 0}),
+        ("SequenceSASRec", "attn_dropout_prob", {"attn_dropout_prob": 1.0}),
+        ("SequenceSASRec", "hidden_dropout_prob", {"hidden_dropout_prob": None}),
+        ("SequenceSASRec", "norm", {"norm": "none"}),
+        ("SequenceSASRec", "MAX_ITEM_LIST_LENGTH", {"MAX_ITEM_LIST_LENGTH": 0}),
+        *((name, "ssm_init", {"ssm_init": "offical"}) for name in STATE_SPACE),
+        *((name, "d_state", {"d_state": 0}) for name in STATE_SPACE),
+        *((name, "d_conv", {"d_conv": 5}) for name in STATE_SPACE),
     ],
 )
 def test_a_bad_setting_is_named(name, field, overrides):
@@ -277,6 +289,8 @@ def test_learned_positions_refuse_longer_sequences():
     with pytest.raises(ConfigError, match=r"MAX_ITEM_LIST_LENGTH: 12 .* sequence of 13"):
         model.encode(histories(lengths=[13]))
     build_tiny("RecMamba").encode(histories(lengths=[40]))
+    with pytest.raises(ConfigError, match=r"MAX_ITEM_LIST_LENGTH: 12 .* sequence of 13"):
+        build_tiny("SequenceSASRec").encode(histories(lengths=[13]))
 
 
 @pytest.mark.parametrize("norm", ["none", "pre", "post"])

@@ -8,7 +8,7 @@ from recbole_holo.errors import ConfigError
 from recbole_holo.ops import causal_conv1d
 from recbole_holo.ops.causal_conv1d import _causal_conv1d_shifted, causal_conv1d_reference
 
-FORMS = {"numba": causal_conv1d, "torch": _causal_conv1d_shifted}
+FORMS = {"native": causal_conv1d, "torch": _causal_conv1d_shifted}
 
 
 def conv_inputs(length: int, channels: int, width: int, bias: bool = True) -> list[Tensor | None]:
@@ -57,6 +57,20 @@ def test_right_pads_change_nothing():
     padded = torch.cat([x[:, :7], torch.full_like(x[:, 7:], 1e3)], 1)
     for function in (causal_conv1d, causal_conv1d_reference):
         torch.testing.assert_close(function(padded, weight, bias)[:, :7], function(x, weight, bias)[:, :7])
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_steps_are_shared_out_when_there_are_few_sequences(compare, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for length in (1, 9, 100):
+            inputs = [torch.randn(1, length, 16), torch.randn(16, 4), torch.randn(16)]
+            compare(
+                partial(causal_conv1d, activation="silu"), partial(causal_conv1d_reference, activation="silu"), inputs
+            )
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_half_precision():

@@ -23,6 +23,16 @@ def test_convolution_is_the_sum_of_products(compare, d):
 
 
 @pytest.mark.parametrize("d", WIDTHS)
+@pytest.mark.parametrize("scale", ["none", "ortho"])
+def test_correlation_is_the_sum_of_products(compare, d, scale):
+    def by_hand(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        products = [sum(a[..., i] * b[..., (k + i) % d] for i in range(d)) for k in range(d)]
+        return torch.stack(products, -1) / (d**0.5 if scale == "ortho" else 1)
+
+    compare(lambda a, b: circular_correlation(a, b, scale), by_hand, [torch.randn(4, d), torch.randn(3, 4, d)])
+
+
+@pytest.mark.parametrize("d", WIDTHS)
 def test_correlation_is_convolution_with_the_reversed_index(d):
     a, b = torch.randn(3, d), torch.randn(3, d)
     reversed_a = a[..., [-i % d for i in range(d)]]

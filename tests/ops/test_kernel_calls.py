@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_holo.layers import LatentMamba2, Mamba, Mamba2
-from recbole_holo.ops import backend, causal_conv1d, selective_scan, state_space_dual
+from recbole_holo.ops import backend, causal_conv1d, selective_scan, state_space_dual, state_space_dual_with_state
 from recbole_holo.ops.causal_conv1d import causal_conv1d_reference
-from recbole_holo.ops.mamba_block import gated_rms_norm
+from recbole_holo.ops.mamba2_block import gated_rms_norm
 from recbole_holo.ops.selective_scan import selective_scan_reference
-from recbole_holo.ops.state_space_dual import state_space_dual_reference
+from recbole_holo.ops.state_space_dual import _reference, state_space_dual_reference
 
 
 def selective_scan_fn(
@@ -94,7 +94,9 @@ def mamba_chunk_scan_combined(
     return_final_states=False,
     return_varlen_states=False,
 ):
-    return state_space_dual_reference(x, dt, A, B, C, D, dt_bias, dt_softplus)
+    assert {t.dtype for t in (x, B, C)} == {x.dtype}
+    y, last = _reference(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_states)
+    return (y, last) if return_final_states else y
 
 
 def mamba_split_conv1d_scan_combined(
@@ -143,7 +145,7 @@ STAND_INS = {
     "causal_conv1d": causal_conv1d_fn,
     "mamba_block": mamba_inner_fn,
     "state_space_dual": mamba_chunk_scan_combined,
-    "mamba2_inner": mamba_split_conv1d_scan_combined,
+    "mamba2_block": mamba_split_conv1d_scan_combined,
 }
 
 
@@ -175,12 +177,12 @@ def test_mamba(calls, monkeypatch):
 
 def test_mamba2(calls, monkeypatch):
     block = Mamba2(16, d_state=8, headdim=4)  # 8 heads: all sizes multiples of 8
-    check(block, torch.randn(2, 9, 16), calls, monkeypatch, ["mamba2_inner"])
+    check(block, torch.randn(2, 9, 16), calls, monkeypatch, ["mamba2_block"])
 
 
 def test_latent_mamba2(calls, monkeypatch):
     block = LatentMamba2(4, 8, d_state=8, headdim=8, ngroups=2)
-    check(block, torch.randn(2, 9, 4, 8), calls, monkeypatch, ["mamba2_inner"])
+    check(block, torch.randn(2, 9, 4, 8), calls, monkeypatch, ["mamba2_block"])
 
 
 @pytest.mark.parametrize("sizes", [{"d_state": 8, "headdim": 16}, {"d_state": 5, "headdim": 4}])
@@ -189,7 +191,7 @@ def test_mamba2_of_uneven_sizes_is_composed(calls, monkeypatch, caplog, sizes):
         monkeypatch.setattr(backend, "_used", {})
         block = Mamba2(16, **sizes)
         check(block, torch.randn(2, 9, 16), calls, monkeypatch, ["causal_conv1d", "state_space_dual"])
-    assert "mamba2_inner: composed" in caplog.text
+    assert "mamba2_block: composed" in caplog.text
     assert "takes multiples of 8" in caplog.text
 
 
@@ -206,6 +208,30 @@ def test_types_of_the_dual(calls):
     x, dt, B = torch.randn(2, 6, 2, 4).bfloat16(), torch.randn(2, 6, 2), torch.randn(2, 6, 1, 3)
     y = state_space_dual(x, dt, -torch.rand(2), B, B)
     assert (y.shape, y.dtype) == ((2, 6, 2, 4), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dual_from_a_state_to_a_state(calls, dtype):
+    x, dt, B, A = torch.randn(2, 8, 2, 4), torch.randn(2, 8, 2), torch.randn(2, 8, 1, 3), -torch.rand(2)
+    x, B = x.to(dtype), B.to(dtype)
+    expected = state_space_dual_reference(x.double(), dt.double(), A.double(), B.double(), B.double())
+    state, outputs = None, []
+    for part in (slice(0, 3), slice(3, 8)):
+        y, state = state_space_dual_with_state(x[:, part], dt[:, part], A, B[:, part], B[:, part], initial_state=state)
+        assert (y.dtype, state.dtype, state.shape) == (dtype, torch.float32, (2, 2, 4, 3))
+        outputs.append(y)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(torch.cat(outputs, 1).double(), expected, rtol=tolerance, atol=tolerance)
+    assert calls == ["state_space_dual"] * 2
+
+
+def test_parts_of_a_latent_mamba2(calls, monkeypatch):
+    block, x = LatentMamba2(4, 8, d_state=8, headdim=8, ngroups=2), torch.randn(2, 9, 4, 8)
+    first, state = block.forward_from(x[:, :4], None)
+    rest, _ = block.forward_from(x[:, 4:], state)
+    assert calls == ["causal_conv1d", "state_space_dual"] * 2
+    monkeypatch.undo()
+    torch.testing.assert_close(torch.cat([first, rest], 1), block(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("channels", "start"), [(16, 16), (16, 3), (9, 0)])

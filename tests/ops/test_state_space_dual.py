@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from torch import Tensor
 
 from recbole_holo.errors import ConfigError
-from recbole_holo.ops import backend, state_space_dual
+from recbole_holo.ops import backend, state_space_dual, state_space_dual_with_state
 from recbole_holo.ops.selective_scan import selective_scan_reference
 from recbole_holo.ops.state_space_dual import state_space_dual_reference
 
@@ -28,10 +29,24 @@ def ssd_inputs(batch: int, length: int, heads: int, width: int, groups: int, ord
     ]
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 7, 33, 64, 65, 200])
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def _form(request) -> Iterator[None]:
+    """Each test runs on the C++ kernels, and on the products that run without a compiler."""
+    with backend.excluding(*["native"] * (request.param == "torch")):
+        yield
+        used = {form for (op, _, dtype), form in backend._chosen.items() if dtype.itemsize < 8}
+    assert used <= {request.param, "reference"}
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 16, 33, 64, 65, 200])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_lengths_and_groups(compare, length, groups):
     compare(state_space_dual, state_space_dual_reference, ssd_inputs(2, length, 4, 5, groups, 8))
+
+
+@pytest.mark.parametrize(("heads", "width", "groups", "order"), [(8, 16, 4, 64), (2, 64, 1, 64), (3, 20, 3, 17)])
+def test_widths(compare, heads, width, groups, order):
+    compare(state_space_dual, state_space_dual_reference, ssd_inputs(2, 77, heads, width, groups, order))
 
 
 def test_long_sequence(compare):
@@ -82,6 +97,73 @@ def test_is_a_selective_scan_with_one_decay_a_head():
         delta_softplus=True,
     )
     torch.testing.assert_close(state_space_dual_reference(x, dt, A, B, C, D, bias).flatten(2), expected)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("length", [1, 37, 130])
+def test_from_a_state_to_a_state(compare, threads, length):
+    """Values and gradients of both, also where the heads of a group have to be shared out to feed the threads."""
+    inputs = ssd_inputs(1, length, 4, 5, 2, 6)
+    initial = torch.randn(1, 4, 5, 6, dtype=torch.float64)
+
+    def run(*arguments):
+        *given, initial = arguments
+        y, last = state_space_dual_with_state(*given, initial_state=initial)
+        return torch.cat([y.flatten(), last.flatten().to(y.dtype)])
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        compare(run, run, [*inputs, initial])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_parts_of_a_sequence_give_the_whole():
+    x, dt, A, B, C, D, bias = (t.float() for t in ssd_inputs(2, 150, 4, 5, 2, 6))
+    state, outputs = None, []
+    for part in torch.arange(150).split([1, 3, 80, 66]):
+        y, state = state_space_dual_with_state(
+            x[:, part], dt[:, part], A, B[:, part], C[:, part], D, bias, initial_state=state
+        )
+        outputs.append(y)
+    expected = state_space_dual_reference(*(t.double() for t in (x, dt, A, B, C, D, bias)))
+    torch.testing.assert_close(torch.cat(outputs, 1).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_slow_decays_do_not_drift():
+    """A state that hardly decays is the same after 20,000 steps: rounding of the decay must not have a direction."""
+    x, dt, B = torch.zeros(1, 20_000, 2, 4), torch.full((1, 20_000, 2), 1e-3), torch.ones(1, 20_000, 1, 4)
+    initial = torch.ones(1, 2, 4, 4)
+    _, last = state_space_dual_with_state(
+        x, dt, torch.full((2,), -1e-7), B, B, dt_softplus=False, initial_state=initial
+    )
+    torch.testing.assert_close(last, initial, rtol=1e-5, atol=0)
+
+
+def test_slices_of_one_projection(compare):
+    """As the block passes them: rows further apart than they are wide."""
+
+    def sliced(function):
+        def call(xbc, dt, A):
+            x, B, C = xbc.split([12, 8, 8], -1)
+            return function(x.unflatten(-1, (4, 3)), dt[..., 1:], A, B.unflatten(-1, (2, 4)), C.unflatten(-1, (2, 4)))
+
+        return call
+
+    inputs = [torch.randn(2, 20, 28), torch.randn(2, 20, 5) - 2, -torch.rand(4)]
+    compare(sliced(state_space_dual), sliced(state_space_dual_reference), inputs)
+
+
+def test_gradients_do_not_depend_on_what_needs_one():
+    inputs = [t.float() for t in ssd_inputs(3, 30, 4, 5, 2, 6)]
+    every = [t.clone().requires_grad_() for t in inputs]
+    one = [t.clone().requires_grad_(i == 2) for i, t in enumerate(inputs)]
+    (expected,) = torch.autograd.grad(state_space_dual(*every).sum(), [every[2]])
+    (found,) = torch.autograd.grad(state_space_dual(*one).sum(), [one[2]])
+    torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(state_space_dual(*every), state_space_dual(*inputs))
 
 
 def test_right_pads_change_nothing():

@@ -22,7 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCES = ("mamba.cpp", "selective_scan.cpp")
+SOURCES = (
+    "mamba.cpp",
+    "selective_scan.cpp",
+    "cross_entropy.cpp",
+    "dropout.cpp",
+    "ssd.cpp",
+    "mamba2.cpp",
+    "convolution.cpp",
+)
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fno-exceptions", "-fno-math-errno", "-shared", "-fPIC")
 
@@ -43,7 +51,7 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeError(f"{type(error).__name__}: {error}") from error
-    for name in ("lanes", "stretch", "states_together"):
+    for name in ("lanes", "stretch", "states_together", "ssd_segment"):
         getattr(loaded, name).restype = ctypes.c_int64
     return loaded
 
@@ -143,6 +151,11 @@ def lanes() -> int:
 def stretches(length: int) -> int:
     """States that a forward pass over ``length`` steps keeps for the backward pass."""
     return -(-length // int(library().stretch()))
+
+
+def segments(length: int) -> int:
+    """Parts of a sequence of ``length`` steps between which Mamba-2's kernels keep states."""
+    return -(-length // int(library().ssd_segment()))
 
 
 def whole(size: int, unit: int) -> int:

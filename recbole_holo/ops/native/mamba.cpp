@@ -15,6 +15,7 @@
 
 typedef struct {
     int64_t batch, length, model, inner, order, rank;
+    int64_t half;  // round the factors of all products but dt_proj's to bfloat16
 } sizes;
 
 typedef struct {
@@ -92,8 +93,9 @@ void mamba_forward(const sizes *s, const weights *w, int threads, const float *x
                    float *ssm_state, float *out) {
     const int64_t inner = s->inner, model = s->model, state_size = inner * s->order;
     const int64_t stretches = (s->length + STRETCH - 1) / STRETCH;
-    factors f = {pack(w->in_proj, model, 2 * inner, 1, model), pack(w->x_proj, inner, s->rank + 2 * s->order, 1, inner),
-                 pack(w->dt_proj, s->rank, inner, 1, s->rank), pack(w->out_proj, inner, model, 1, inner)};
+    factors f = {pack(w->in_proj, model, 2 * inner, 1, model, s->half),
+                 pack(w->x_proj, inner, s->rank + 2 * s->order, 1, inner, s->half),
+                 pack(w->dt_proj, s->rank, inner, 1, s->rank), pack(w->out_proj, inner, model, 1, inner, s->half)};
 #pragma omp parallel num_threads(threads)
     {
         float *memory = floats(segment_size(s, f.x_proj.width) + state_size), *rest = memory;
@@ -134,10 +136,12 @@ void mamba_backward(const sizes *s, const weights *w, int threads, const float *
                     const float *conv_state, const float *gout, float *gx, float *sums) {
     const int64_t inner = s->inner, model = s->model, order = s->order, rank = s->rank, projected = rank + 2 * order;
     const int64_t state_size = inner * order, stretches = (s->length + STRETCH - 1) / STRETCH;
-    factors f = {pack(w->in_proj, model, 2 * inner, 1, model), pack(w->x_proj, inner, projected, 1, inner),
+    const bool half = s->half;
+    factors f = {pack(w->in_proj, model, 2 * inner, 1, model, half), pack(w->x_proj, inner, projected, 1, inner, half),
                  pack(w->dt_proj, rank, inner, 1, rank), {}};
-    factors transposed = {pack(w->in_proj, 2 * inner, model, model, 1), pack(w->x_proj, projected, inner, inner, 1),
-                          pack(w->dt_proj, inner, rank, rank, 1), pack(w->out_proj, model, inner, inner, 1)};
+    factors transposed = {pack(w->in_proj, 2 * inner, model, model, 1, half),
+                          pack(w->x_proj, projected, inner, inner, 1, half),
+                          pack(w->dt_proj, inner, rank, rank, 1), pack(w->out_proj, model, inner, inner, 1, half)};
     const int64_t own = 3 * inner * model + (projected + rank + 9) * inner + state_size + model;
 #pragma omp parallel num_threads(threads)
     {
@@ -207,14 +211,14 @@ void mamba_backward(const sizes *s, const weights *w, int threads, const float *
                     }
                     store(g_skip + i, gskip), store(g_dt_bias + i, gbias);
                 }
-                add_outer(model, inner, count, gout + here, model, g.y, row, g_out, inner);
+                add_outer(model, inner, count, gout + here, model, g.y, row, g_out, inner, half);
                 add_rows(count, model, gout + here, model, g_out_bias);
 
                 multiply(count, gstep, row, &transposed.dt_proj, 0, gdt, gdt_row, 0);
                 for (int64_t t = 0; t < count; t++) memcpy(gdbc + t * dbc_row, gdt + t * gdt_row, 4 * rank);
                 add_outer(rank, inner, count, g.dbc, dbc_row, gstep, row, g_dt, inner);
                 multiply(count, gdbc, dbc_row, &transposed.x_proj, 0, ginput, row, 1);
-                add_outer(projected, inner, count, gdbc, dbc_row, g.x, row, g_x, inner);
+                add_outer(projected, inner, count, gdbc, dbc_row, g.x, row, g_x, inner, half);
 
                 for (int64_t i = 0; i < count * row; i += LANES)
                     store(gconv + i, load(ginput + i) * load(g.x_slope + i));
@@ -222,7 +226,7 @@ void mamba_backward(const sizes *s, const weights *w, int threads, const float *
                 memmove(gconv + area, gconv, 4 * EARLIER * row);  // they follow the segment before this one
 
                 multiply(count, gxz, xz_row, &transposed.in_proj, 0, gx + here, model, 0);
-                add_outer(2 * inner, model, count, gxz, xz_row, x + here, model, g_in, model);
+                add_outer(2 * inner, model, count, gxz, xz_row, x + here, model, g_in, model, half);
                 add_rows(count, 2 * inner, gxz, xz_row, g_in_bias);
             }
         }

@@ -59,6 +59,23 @@ INLINE void sum_all(vec *v) {
     if constexpr (half > 1) sum_all<half / 2>(v);
 }
 
+// Exchanges the blocks off the diagonal of x over y, each `half` lanes wide.
+template <int half, int... j>
+INLINE void exchange(vec *x, vec *y, std::integer_sequence<int, j...>) {
+    vec first = __builtin_shufflevector(*x, *y, (j & half ? LANES + (j ^ half) : j)...);
+    *y = __builtin_shufflevector(*x, *y, (j & half ? LANES + j : (j ^ half))...);
+    *x = first;
+}
+
+// v as a matrix of LANES rows becomes its transpose.
+template <int half = LANES / 2>
+INLINE void transpose(vec *v) {
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++)
+        if (!(i & half)) exchange<half>(v + i, v + i + half, std::make_integer_sequence<int, LANES>());
+    if constexpr (half > 1) transpose<half / 2>(v);
+}
+
 // Adding 1.5 · 2²³ rounds to an integer and leaves that in the low bits.
 #define ROUNDING 12582912.0f
 

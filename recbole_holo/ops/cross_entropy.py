@@ -1,0 +1,187 @@
+"""Softmax cross-entropy over the whole catalogue, without ever holding the scores of all positions."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from recbole_holo.ops import backend, native
+
+# Scores that exist at a time. On a CPU those of a thread and their gradient stay in its cache; a GPU wants long rows.
+_NATIVE_SCORES, _NATIVE_ROWS, _NATIVE_ITEMS = 2**18, (6, 96), 2**15
+_CPU_SCORES, _CPU_ROWS = 2**20, 32
+_CUDA_SCORES = 2**26
+
+
+def cross_entropy(
+    hidden: Tensor,
+    targets: Tensor,
+    item_vectors: Tensor,
+    bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    exclude_pad: bool = False,
+) -> Tensor:
+    r"""Mean of ``-log softmax(hidden · item_vectorsᵀ + bias)[target]``.
+
+    Rows are taken in chunks, and the gradient of a chunk is computed while its scores exist, in their place: three
+    matrix products a chunk, none repeated, and memory of one chunk and the gradients, whatever M and V. Under autocast
+    the products run in its type, the softmax always in float32.
+
+    Args:
+        hidden: ``[M, d]``; positions without a target are left out before.
+        targets: ``[M]``, item ids.
+        item_vectors: ``[V, d]``.
+        bias: ``[V]``, added to the scores.
+        chunk_size: rows of a chunk (of a thread's chunk on a CPU); None decides by V and the device.
+        exclude_pad: leave item 0 out of the softmax. RecBole's losses keep it in, hence the default.
+
+    Returns:
+        Scalar.
+    """
+    if exclude_pad:
+        item_vectors, targets = item_vectors[1:], targets - 1
+        bias = None if bias is None else bias[1:]
+    if targets.numel() == 0:
+        raise ValueError("targets: it is empty, and the mean over no positions has no value")
+    dtype = backend.product_type(hidden)
+    items, width = item_vectors.shape
+    if _is_native(hidden, dtype, items, width):
+        fewest, most = _NATIVE_ROWS
+        together = chunk_size or min(max(_NATIVE_SCORES // items // fewest * fewest, fewest), most)
+        return NativeCrossEntropy.apply(hidden, item_vectors, bias, targets, together, dtype == torch.bfloat16)
+    if chunk_size is None:
+        on_cpu = hidden.device.type == "cpu"
+        chunk_size = max(_CPU_SCORES // items, _CPU_ROWS) if on_cpu else max(_CUDA_SCORES // items, 1)
+    if hidden.dtype == torch.float64:
+        scores = (F.linear(part, item_vectors, bias) for part in hidden.split(chunk_size))
+        parts = zip(scores, targets.split(chunk_size), strict=True)
+        return torch.stack([F.cross_entropy(s, t, reduction="sum") for s, t in parts]).sum() / hidden.shape[0]
+    return CrossEntropy.apply(hidden, item_vectors, bias, targets, chunk_size, dtype)
+
+
+def _is_native(hidden: Tensor, dtype: torch.dtype, items: int, width: int) -> bool:
+    """Whether the C++ kernel runs: a gradient of the table in each thread is worth it for small tables only."""
+    if (
+        hidden.device.type != "cpu"
+        or dtype not in (torch.float32, torch.bfloat16)
+        or items > _NATIVE_ITEMS
+        or native.problem()
+    ):
+        return False
+    return width % native.lanes() == 0
+
+
+class NativeCrossEntropy(torch.autograd.Function):
+    """Value and gradients by the C++ kernel, in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, item_vectors: Tensor, bias: Tensor | None, targets: Tensor, together: int, half: bool
+    ) -> Tensor:
+        ctx.types = [None if t is None else t.dtype for t in (hidden, item_vectors, bias)]
+        (rows, width), items, threads = hidden.shape, item_vectors.shape[0], torch.get_num_threads()
+        x, table, targets = hidden.float().contiguous(), item_vectors.float().contiguous(), targets.contiguous()
+        bias = None if bias is None else bias.float().contiguous()
+        losses = x.new_empty(rows)
+        wants = any(ctx.needs_input_grad)
+        g_hidden = torch.empty_like(x) if wants else None
+        g_table = x.new_zeros(threads, items, width) if wants else None
+        g_bias = x.new_zeros(threads, items) if wants and bias is not None else None
+        native.library().cross_entropy(
+            *map(ctypes.c_int64, (rows, items, width, together)),
+            threads,
+            int(half),
+            ctypes.c_float(1 / rows),
+            *map(native.pointer, (x, table, bias, targets, losses, g_hidden, g_table, g_bias)),
+        )
+        summed = (None if g is None else g.sum(0) if threads > 1 else g[0] for g in (g_table, g_bias))
+        ctx.save_for_backward(g_hidden, *summed)
+        return losses.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gloss: Tensor) -> tuple[Tensor | None, ...]:
+        return *_scaled(ctx, gloss), None, None, None
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Value and gradients chunk by chunk, for any device and type of the products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        item_vectors: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        chunk_size: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.types = hidden.dtype, item_vectors.dtype, None if bias is None else bias.dtype
+        rows, (items, width) = hidden.shape[0], item_vectors.shape
+        wants = any(ctx.needs_input_grad)
+        table, x = item_vectors.detach().to(dtype), hidden.detach().to(dtype).contiguous()
+        losses = torch.empty(rows, dtype=torch.float32, device=hidden.device)
+        g_hidden = torch.empty_like(x) if wants else None
+        g_table = torch.zeros(items, width, dtype=torch.float32, device=hidden.device) if wants else None
+        g_bias = losses.new_zeros(items) if wants and bias is not None else None
+        scale = 1.0 / rows
+        with backend.without_autocast(hidden):
+            buffer = torch.empty(min(chunk_size, rows), items, dtype=dtype, device=hidden.device)
+            for first in range(0, rows, chunk_size):
+                part = x[first : first + chunk_size]
+                scores = torch.mm(part, table.T, out=buffer[: len(part)])
+                wanted = targets[first : first + chunk_size]
+                g_scores = _softmax(scores, wanted, bias, scale, losses[first : first + chunk_size], wants)
+                if g_hidden is None or g_table is None:
+                    continue
+                torch.mm(g_scores, table, out=g_hidden[first : first + chunk_size])
+                if dtype == torch.float32:
+                    g_table.addmm_(g_scores.T, part)
+                else:
+                    g_table += torch.mm(g_scores.T, part)
+                if g_bias is not None:
+                    g_bias += g_scores.sum(0, dtype=torch.float32)
+        ctx.save_for_backward(g_hidden, g_table, g_bias)
+        return losses.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gloss: Tensor) -> tuple[Tensor | None, ...]:
+        return *_scaled(ctx, gloss), None, None, None
+
+
+def _scaled(ctx: Any, gloss: Tensor) -> list[Tensor | None]:
+    pairs = zip(ctx.saved_tensors, ctx.types, strict=True)
+    return [None if g is None else (g * gloss).to(dtype) for g, dtype in pairs]
+
+
+def _softmax(
+    scores: Tensor, targets: Tensor, bias: Tensor | None, scale: float, losses: Tensor, gradient: bool
+) -> Tensor:
+    """Writes the losses of rows of scores; returns the gradient of ``scale · Σ losses``, in the place of the scores."""
+    if scores.device.type == "cpu" and scores.dtype == torch.float32 and not native.problem():
+        targets = targets.contiguous()
+        bias = None if bias is None else bias.float().contiguous()
+        native.library().softmax_cross_entropy(
+            *map(ctypes.c_int64, scores.shape),
+            torch.get_num_threads(),
+            int(gradient),
+            ctypes.c_float(scale),
+            *map(native.pointer, (targets, bias, scores, losses)),
+        )
+        return scores
+    log_scores = scores.float() if bias is None else scores.float() + bias
+    partition = log_scores.logsumexp(-1, keepdim=True)
+    index = targets.unsqueeze(-1)
+    losses.copy_((partition - log_scores.gather(-1, index)).squeeze(-1))
+    if not gradient:
+        return scores
+    probabilities = (log_scores - partition).exp_().mul_(scale)
+    probabilities.scatter_add_(-1, index, torch.full_like(index, -scale, dtype=torch.float32))
+    return scores.copy_(probabilities)
