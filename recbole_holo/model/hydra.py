@@ -38,7 +38,7 @@ class Hydra(SequenceRecommender):
     (~ = 2·hidden_size), ``dropout_prob``, ``final_norm``, ``initializer_range``.
     """
 
-    carries_state = False
+    carries_state = True
 
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)

@@ -105,8 +105,10 @@ def arguments(
     first: Tensor | None,
 ) -> Any:
     (batch, length, channels), heads, groups = x.shape, len(rates), ctx.groups
-    # With fewer groups of all sequences than threads, the heads of a group are shared out.
-    parts = min(-(-torch.get_num_threads() // max(batch * groups, 1)), heads // groups)
+    # With fewer groups of all sequences than threads, the heads of a group are shared out; no part is empty.
+    shared = heads // groups
+    parts = min(-(-torch.get_num_threads() // max(batch * groups, 1)), shared)
+    parts = -(-shared // -(-shared // parts))
     vectors, order = channels // heads // native.lanes(), B.shape[2] // groups
     sizes = (batch, length, heads, groups, parts, vectors, order, ctx.softplus, first is None, not ctx.wants_state)
     rows = (t.stride(1) for t in (x, dt, B, C))

@@ -64,6 +64,21 @@ def test_values_and_gradients(compare, length, shape):
     compare(run, run, tensors, rtol=2e-5)
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_share_the_sequences(compare, threads):
+    tensors, sizes = block_arguments(70, blocks=3, batch=2)
+
+    def run(hidden, *weights):
+        return mamba2_block(hidden, Mamba2Weights(*weights), sizes)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        compare(run, run, tensors, rtol=2e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_without_biases(compare):
     tensors, sizes = block_arguments(20, blocks=2)
     absent = [i for i, name in enumerate(("hidden", *Mamba2Weights._fields)) if name.endswith("_bias")]

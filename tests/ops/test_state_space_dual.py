@@ -99,11 +99,11 @@ def test_is_a_selective_scan_with_one_decay_a_head():
     torch.testing.assert_close(state_space_dual_reference(x, dt, A, B, C, D, bias).flatten(2), expected)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("threads", "groups"), [(1, 2), (3, 2), (3, 1), (9, 1)])
 @pytest.mark.parametrize("length", [1, 37, 130])
-def test_from_a_state_to_a_state(compare, threads, length):
+def test_from_a_state_to_a_state(compare, threads, groups, length):
     """Values and gradients of both, also where the heads of a group have to be shared out to feed the threads."""
-    inputs = ssd_inputs(1, length, 4, 5, 2, 6)
+    inputs = ssd_inputs(1, length, 4, 5, groups, 6)
     initial = torch.randn(1, 4, 5, 6, dtype=torch.float64)
 
     def run(*arguments):

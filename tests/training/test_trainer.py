@@ -89,8 +89,7 @@ def test_no_step_asks_the_device(model: str, cyclic_dataset: str, tiny: dict[str
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     batches = iter(train)
     next(batches)  # the epoch's order is copied before it
-    # RecBole's SINE switches anomaly detection on, for the whole process, where it is imported with RecBole's models.
-    with torch.autograd.set_detect_anomaly(False), Watch() as watch:
+    with Watch() as watch:
         for batch in batches:
             trainer._step(batch.to(trainer.device), trainer.model.calculate_loss, scaler)
     assert watch.seen.pop("aten::_local_scalar_dense") == len(train) - 1  # on a CPU each loss is looked at

@@ -11,7 +11,8 @@
 // slope, unless it is 0, receives the derivative of the SiLU.
 template <bool silu>
 static void convolve_from(int64_t length, int64_t channels, const float *before, int64_t before_row, const float *x,
-                          int64_t x_row, const float *weight, const float *bias, float *y, float *slope, int64_t y_row) {
+                          int64_t x_row, const float *weight, const float *bias, float *y, float *slope,
+                          int64_t y_row) {
     for (int64_t i = 0; i < channels; i += LANES) {
         const vec w0 = load(weight + i), w1 = load(weight + channels + i), w2 = load(weight + 2 * channels + i);
         const vec w3 = load(weight + 3 * channels + i), b = load(bias + i);
@@ -57,7 +58,8 @@ static void convolve_backward_from(int64_t length, int64_t channels, const float
 
 // As for `convolve`, x points to the EARLIER rows before the stretch.
 static void convolve_backward(int64_t length, int64_t channels, const float *x, int64_t x_row, const float *weight,
-                              const float *gy, int64_t gy_row, float *gx, int64_t gx_row, float *gweight, float *gbias) {
+                              const float *gy, int64_t gy_row, float *gx, int64_t gx_row, float *gweight,
+                              float *gbias) {
     convolve_backward_from(length, channels, x, x_row, x + EARLIER * x_row, x_row, weight, gy, gy_row, gx, gx_row,
                            gweight, gbias);
 }

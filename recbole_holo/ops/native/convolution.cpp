@@ -1,7 +1,7 @@
 // The causal convolution as an operation of its own, with a SiLU behind it if `silu`.
 //
-// Arrays are float32. Rows of x are x_row apart, and sequences follow one another at the same distance; other arrays are
-// C-contiguous. channels is a multiple of LANES.
+// Arrays are float32. Rows of x are x_row apart, and sequences follow one another at the same distance; other arrays
+// are C-contiguous. channels is a multiple of LANES.
 #include "conv.h"
 
 #define STEPS 8  // of all channels at a time, so that memory is read in its order; at least EARLIER
@@ -20,9 +20,9 @@ typedef struct {
 } convolution_part;
 
 static convolution_part part_of(const convolution_arguments *s, int64_t task) {
-    const int64_t each = ((s->length + s->parts - 1) / s->parts + STEPS - 1) / STEPS * STEPS, begin = task % s->parts * each;
-    const int64_t row = task / s->parts * s->length;
-    return convolution_part{s->x + row * s->x_row, row, begin, begin + each < s->length ? begin + each : s->length};
+    const int64_t each = ((s->length + s->parts - 1) / s->parts + STEPS - 1) / STEPS * STEPS;
+    const int64_t row = task / s->parts * s->length, begin = task % s->parts * each, end = begin + each;
+    return convolution_part{s->x + row * s->x_row, row, begin, end < s->length ? end : s->length};
 }
 
 // Steps start, …, start + count - 1, start 0 or at least EARLIER: their outputs and the derivatives of their SiLU.
@@ -51,14 +51,15 @@ void convolution_forward(const convolution_arguments *s, int threads, float *y) 
     }
 }
 
-// gx [batch, length, channels] is set. sums [threads, 5 · channels] must be zeros and receives the gradients of weight and
-// bias.
+// gx [batch, length, channels] is set. sums [threads, 5 · channels] must be zeros and receives the gradients of weight
+// and bias.
 void convolution_backward(const convolution_arguments *s, int threads, const float *gy, float *gx, float *sums) {
     const int64_t channels = s->channels;
 #pragma omp parallel num_threads(threads)
     {
         float *gweight = sums + 5 * channels * omp_get_thread_num(), *gbias = gweight + 4 * channels;
-        float *zeros = floats((1 + STEPS + STEPS + EARLIER) * channels), *y = zeros + channels, *g = y + STEPS * channels;
+        float *zeros = floats((1 + STEPS + STEPS + EARLIER) * channels);
+        float *y = zeros + channels, *g = y + STEPS * channels;
         memset(zeros, 0, 4 * channels);
         // Rows of g: the gradient before the SiLU.
         auto before_silu = [&](const convolution_part &p, int64_t start, int64_t count, float *g) {
@@ -74,7 +75,8 @@ void convolution_backward(const convolution_arguments *s, int threads, const flo
         for (int64_t task = 0; task < s->batch * s->parts; task++) {
             const convolution_part p = part_of(s, task);
             if (p.begin >= p.end) continue;
-            const int64_t last = (p.end - 1) / STEPS * STEPS, following = s->length - p.end < EARLIER ? s->length - p.end : EARLIER;
+            const int64_t last = (p.end - 1) / STEPS * STEPS, left = s->length - p.end;
+            const int64_t following = left < EARLIER ? left : EARLIER;
             float *behind = g + (p.end - last) * channels;
             memset(behind, 0, 4 * EARLIER * channels);
             if (following) before_silu(p, p.end, following, behind);

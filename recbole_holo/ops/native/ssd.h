@@ -7,12 +7,13 @@
 // L(i, j) = a[j+1] ⋯ a[i] for j ≤ i, else 0, and M(i, j) = C[i]·B[j] L(i, j) step[j]:
 //
 //     y[i] = a[0] ⋯ a[i] · C[i] h + Σ_j M(i, j) x[j] + skip · x[i]
-//     h after the chunk = a[0] ⋯ a[last] · h + Σ_j L(last, j) step[j] · B[j] x[j]ᵀ
+//     h behind the chunk = a[0] ⋯ a[last] · h + Σ_j L(last, j) step[j] · B[j] x[j]ᵀ
 //
 // L is built by products from row to row, and the gradients of the steps by sums of what belongs to the pairs around
 // them: no quotients or differences, so that neither decays of nearly 0 nor of nearly 1 cost precision.
 //
-// A head is `vectors` vectors wide. A state of a group is [heads][vectors][order] vectors. order is a multiple of LANES.
+// A head is `vectors` vectors wide, order is a multiple of LANES. The state of a group is [heads][vectors][order]
+// vectors.
 #pragma once
 #include "segment.h"
 
@@ -23,8 +24,9 @@
 typedef struct {
     int64_t heads, vectors, order, x_row, b_row, c_row;
     const float *x, *b, *c;             // rows a step: [heads][vectors] vectors; order entries twice
-    const float *steps, *rates, *skip;  // [heads][SEGMENT], zeros from the segment's end on; [heads] twice, rates are A · log2 e
-    float *pairs;                       // by chunk: C[i]·B[j], and the transposes of B and C, from ssd_prepare
+    const float *steps;                 // [heads][SEGMENT], zeros from the segment's end on
+    const float *rates, *skip;          // [heads]; rates are A · log2 e
+    float *pairs;                       // by chunk, from ssd_prepare: C[i]·B[j], and the transposes of B and C
 } ssd_inputs;
 
 INLINE int64_t ssd_state(const ssd_inputs *s) { return s->heads * s->vectors * s->order; }  // vectors
@@ -48,17 +50,34 @@ INLINE void add_products(vec *sums, int64_t inner, const float *a, int64_t a_col
 
 // Of a lower triangle (a(k, i) = 0 for k > i), or of an upper one: half of the rows need half of the products.
 template <int R>
-INLINE void add_lower(vec *sums, int64_t inner, const float *a, int64_t a_column, int64_t a_row, const float *b, int64_t b_row) {
+INLINE void add_lower(vec *sums, int64_t inner, const float *a, int64_t a_column, int64_t a_row, const float *b,
+                      int64_t b_row) {
     const int64_t half = inner < R / 2 ? inner : R / 2;
     add_products<R>(sums, half, a, a_column, a_row, b, b_row);
-    add_products<R - R / 2>(sums + R / 2, inner - half, a + half * a_column + R / 2 * a_row, a_column, a_row, b + half * b_row, b_row);
+    a += half * a_column + R / 2 * a_row, b += half * b_row;
+    add_products<R - R / 2>(sums + R / 2, inner - half, a, a_column, a_row, b, b_row);
 }
 
 template <int R>
-INLINE void add_upper(vec *sums, int64_t inner, const float *a, int64_t a_column, int64_t a_row, const float *b, int64_t b_row) {
+INLINE void add_upper(vec *sums, int64_t inner, const float *a, int64_t a_column, int64_t a_row, const float *b,
+                      int64_t b_row) {
     const int64_t half = inner < R / 2 ? inner : R / 2;
     add_products<R / 2>(sums, half, a, a_column, a_row, b, b_row);
     add_products<R>(sums, inner - half, a + half * a_column, a_column, a_row, b + half * b_row, b_row);
+}
+
+// state[n] = scale · state[n] + Σ_j a[j][n] · weight[j] · x[j], without the first if `zero`. memory: LANES vectors.
+INLINE void advance(int64_t order, int64_t count, int zero, float scale, const float *a, int64_t a_row,
+                    const float *weight, const float *x, int64_t x_row, vec *state, float *memory) {
+    for (int64_t j = 0; j < count; j++) store(memory + j * LANES, load(x + j * x_row) * weight[j]);
+    for (int64_t n = 0; n < order; n += LANES) {
+        vec h[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) h[i] = zero ? all(0) : state[n + i] * scale;
+        add_products<LANES>(h, count, a + n, a_row, 1, memory, LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; i++) state[n + i] = h[i];
+    }
 }
 
 // `rows` rows of `width` columns → `width` rows of LANES columns, the last of them zeros.
@@ -90,6 +109,20 @@ INLINE ivec lane(void) {
     ivec v;
     for (int j = 0; j < LANES; j++) v[j] = j;
     return v;
+}
+
+// Step sizes of a segment and their slopes, [heads][SEGMENT], from rows of dt.
+static void ssd_steps(int64_t heads, int64_t length, const float *dt, int64_t dt_row, const float *bias, int softplus,
+                      float *steps, float *slopes) {
+    for (int64_t head = 0; head < heads; head++)
+        for (int64_t t = 0; t < length; t += LANES) {
+            float v[LANES] = {};
+            for (int64_t j = 0; j < LANES && t + j < length; j++) v[j] = dt[(t + j) * dt_row + head] + bias[head];
+            vec step = load(v), slope = all(1);
+            if (softplus) step = softplus_(step, &slope);
+            store(slopes + head * SEGMENT + t, slope);
+            store(steps + head * SEGMENT + t, lane() < (int32_t)(length - t) ? step : all(0));
+        }
 }
 
 template <int R>
@@ -164,24 +197,17 @@ static void forward_chunk(const ssd_inputs *s, int64_t start, int64_t count, int
                     if (i < count) store(y_v + i * y_row, out[i]);
             }
             if (last) continue;
-            for (int64_t j = 0; j < count; j++) store(inputs + j * LANES, load(x_v + j * s->x_row) * rest[j]);
-            for (int64_t n = 0; n < order; n += LANES) {
-                vec h[LANES];
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; i++) h[i] = zero ? all(0) : state[n + i] * d.since[R - 1];
-                add_products<LANES>(h, count, b + n, s->b_row, 1, inputs, LANES);
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; i++) state[n + i] = h[i];
-            }
+            advance(order, count, zero, d.since[R - 1], b, s->b_row, rest, x_v, s->x_row, state, inputs);
         }
     }
 }
 
-#define BY_ROWS(count, function, ...)                             \
-    do {                                                          \
-        if ((count) > LANES / 2) function<LANES>(__VA_ARGS__);    \
+// A chunk's function for the least number of rows that holds `count` steps.
+#define BY_ROWS(count, function, ...)                                   \
+    do {                                                                \
+        if ((count) > LANES / 2) function<LANES>(__VA_ARGS__);          \
         else if ((count) > LANES / 4) function<LANES / 2>(__VA_ARGS__); \
-        else function<LANES / 4>(__VA_ARGS__);                    \
+        else function<LANES / 4>(__VA_ARGS__);                          \
     } while (0)
 
 static void ssd_prepare(const ssd_inputs *s, int64_t length) {
@@ -191,7 +217,7 @@ static void ssd_prepare(const ssd_inputs *s, int64_t length) {
     }
 }
 
-// Walks `length` ≤ SEGMENT steps. y is set unless it is 0; history, unless it is 0, receives the state before each chunk.
+// Walks `length` ≤ SEGMENT steps. Unless they are 0, y is set and history receives the state before each chunk.
 static void ssd_forward(const ssd_inputs *s, int64_t length, int zero, int last, vec *state, float *y, int64_t y_row,
                         vec *history, float *memory) {
     const int64_t size = ssd_state(s);
@@ -204,17 +230,17 @@ static void ssd_forward(const ssd_inputs *s, int64_t length, int zero, int last,
 }
 
 typedef struct {
-    vec *state;                    // the gradient of the state behind the segment, on return of that before it
-    float *x, *b, *c;              // rows as in the inputs; set
+    vec *state;                   // the gradient of the state behind the segment, on return of that before it
+    float *x, *b, *c;             // rows as in the inputs; set
     int64_t x_row, b_row, c_row;
-    float *steps, *rates, *skip;   // [heads][SEGMENT], set; [heads] twice, those of A and D, added to
+    float *steps, *rates, *skip;  // [heads][SEGMENT], set; [heads] twice, those of A and D, added to
 } ssd_gradients;
 
 // `zero`: the state before the chunk is zeros; `last`: the gradient of that behind it is; `first`: no one needs the
 // gradient of that before it.
 template <int R>
-static void backward_chunk(const ssd_inputs *s, int64_t start, int64_t count, int zero, int last, int first, const vec *state,
-                           const float *gy, int64_t gy_row, ssd_gradients *g, float *memory) {
+static void backward_chunk(const ssd_inputs *s, int64_t start, int64_t count, int zero, int last, int first,
+                           const vec *state, const float *gy, int64_t gy_row, ssd_gradients *g, float *memory) {
     const int64_t order = s->order, width = s->vectors * LANES;
     const float *pairs = s->pairs + start / CHUNK * ssd_pairs(order), *bt = pairs + LANES * LANES;
     float *xt = take(&memory, width * LANES), *gyt = take(&memory, width * LANES);
@@ -244,10 +270,10 @@ static void backward_chunk(const ssd_inputs *s, int64_t start, int64_t count, in
 #pragma GCC unroll 16
         for (int i = 0; i < R; i++) {
             diagonal += lane() == i ? gm[i] : all(0);
-            vec gscores = gm[i] * d.within[i], pair = load(pairs + i * LANES), e = gscores * pair, m = pair * d.within[i] * d.steps;
-            gpairs[i] += gscores * d.steps;
-            gstep += e;
-            around[i] = e * d.steps;
+            vec pair = load(pairs + i * LANES), m = pair * d.within[i] * d.steps, decayed = gm[i] * d.within[i];
+            gpairs[i] += decayed * d.steps;
+            gstep += decayed * pair;
+            around[i] = decayed * pair * d.steps;
             store(weights + i * LANES, lane() == i ? m + s->skip[head] : m);
         }
         g->skip[head] += sum(diagonal);
@@ -300,17 +326,9 @@ static void backward_chunk(const ssd_inputs *s, int64_t start, int64_t count, in
         for (int64_t v = 0; v < s->vectors; v++) {
             if (!last && !zero)
                 for (int64_t n = 0; n < order; n++) through += gh[v * order + n] * h[v * order + n];
-            if (first) continue;
-            for (int64_t i = 0; i < count; i++)
-                store(outputs + i * LANES, load(gy_h + i * gy_row + v * LANES) * d.since[i]);
-            for (int64_t n = 0; n < order; n += LANES) {
-                vec sums[LANES];
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; i++) sums[i] = last ? all(0) : gh[v * order + n + i] * d.since[R - 1];
-                add_products<LANES>(sums, count, c + n, s->c_row, 1, outputs, LANES);
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; i++) gh[v * order + n + i] = sums[i];
-            }
+            if (!first)
+                advance(order, count, last, d.since[R - 1], c, s->c_row, d.since, gy_h + v * LANES, gy_row,
+                        gh + v * order, outputs);
         }
 
         // a[k] carries from before the chunk to steps i ≥ k and behind, and from steps j < k to those and behind.
