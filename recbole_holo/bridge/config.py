@@ -34,6 +34,7 @@ EXTRA_KEYS = frozenset(
         "data_path",
         "encoding",
         "reg_weight",
+        "tail_ratio",
         "embedding_size",
         "benchmark_filename",
         "discretization",
