@@ -28,16 +28,23 @@ template <bool half, int rows, int columns>
 INLINE void tile(int64_t inner, const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row, float *c,
                  int64_t c_row, int add) {
     vec sums[rows][columns];
+#pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
+#pragma GCC unroll 8
         for (int j = 0; j < columns; j++) sums[i][j] = add ? load(c + i * c_row + j * LANES) : all(0);
     for (int64_t k = 0; k < inner; k++) {
         vec right[columns];
+#pragma GCC unroll 8
         for (int j = 0; j < columns; j++) right[j] = load(b + k * b_row + j * LANES);
+#pragma GCC unroll 8
         for (int i = 0; i < rows; i++)
+#pragma GCC unroll 8
             for (int j = 0; j < columns; j++)
                 sums[i][j] = multiply_add<half>(sums[i][j], a[i * a_row + k * a_column], right[j]);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < rows; i++)
+#pragma GCC unroll 8
         for (int j = 0; j < columns; j++) store(c + i * c_row + j * LANES, sums[i][j]);
 }
 
