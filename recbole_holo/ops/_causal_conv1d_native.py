@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recbole_holo.ops import native
-from recbole_holo.ops._selective_scan_native import evenly_spaced
 
 WIDTH = 4  # of the kernel; narrower convolutions get zeros in front
 Arguments = native.structure("Arguments", "batch length channels silu x_row parts", "x weight bias")
@@ -32,7 +32,7 @@ class NativeCausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
-        x, weight, bias = evenly_spaced(x), weight.contiguous(), bias.contiguous()
+        x, weight, bias = native.evenly_spaced(x), weight.contiguous(), bias.contiguous()
         y = x.new_empty(x.shape)
         native.library().convolution_forward(*arguments(x, weight, bias, silu), native.pointer(y))
         ctx.save_for_backward(x, weight, bias)
@@ -54,4 +54,4 @@ def arguments(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> tuple[Any,
     threads = torch.get_num_threads()
     parts = -(-threads // max(x.shape[0], 1))  # with fewer sequences than threads, the steps of one are shared out
     given = Arguments(*x.shape, silu, x.stride(1), parts, *map(native.pointer, (x, weight, bias)))
-    return native.by_reference(given), threads
+    return ctypes.byref(given), threads

@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from recbole_holo.ops import native
 from recbole_holo.ops._mamba_native import WIDTH
-from recbole_holo.ops._selective_scan_native import LOG2_E
 
 if TYPE_CHECKING:
     from recbole_holo.ops.mamba2_block import Mamba2Sizes, Mamba2Weights
@@ -106,7 +105,7 @@ class NativeMamba2(torch.autograd.Function):
         *given, conv, ssm, ctx.given_sizes = rest
         hidden = hidden.contiguous()
         weights = [None if t is None else t.contiguous() for t in given]
-        weights[5] = given[5] * LOG2_E
+        weights[5] = given[5] * native.LOG2_E
         sizes = sizes_of(hidden, weights, ctx.given_sizes)
         kept = None
         if any(ctx.needs_input_grad):
@@ -155,8 +154,8 @@ def sizes_of(hidden: Tensor, weights: list[Tensor | None], given: GivenSizes) ->
 
 def common(sizes: Any, weights: list[Tensor | None], given: GivenSizes) -> tuple[Any, ...]:
     return (
-        native.by_reference(sizes),
-        native.by_reference(Weights(*map(native.pointer, weights))),
+        ctypes.byref(sizes),
+        ctypes.byref(Weights(*map(native.pointer, weights))),
         ctypes.c_float(given.eps),
         torch.get_num_threads(),
     )

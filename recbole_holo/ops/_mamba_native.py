@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recbole_holo.ops import native
-from recbole_holo.ops._selective_scan_native import LOG2_E
 
 if TYPE_CHECKING:
     from recbole_holo.ops.mamba_block import MambaState, MambaWeights
@@ -88,7 +88,7 @@ class NativeMamba(torch.autograd.Function):
         ctx.half = half
         hidden = hidden.contiguous()
         weights = [weight.contiguous() for weight in weights]
-        weights[7] = weights[7] * LOG2_E
+        weights[7] = weights[7] * native.LOG2_E
         blocks, order, lanes = weights[7].shape
         (batch, length, _), inner = hidden.shape, blocks * lanes
         kept = hidden.new_empty(batch, native.stretches(length), inner * order) if any(ctx.needs_input_grad) else None
@@ -123,7 +123,7 @@ def arguments(hidden: Tensor, weights: list[Tensor], half: bool) -> tuple[Any, .
     (blocks, order, lanes), rank = weights[7].shape, weights[5].shape[1]
     sizes = Sizes(*hidden.shape, blocks * lanes, order, rank, half)
     return (
-        native.by_reference(sizes),
-        native.by_reference(Weights(*map(native.pointer, weights))),
+        ctypes.byref(sizes),
+        ctypes.byref(Weights(*map(native.pointer, weights))),
         torch.get_num_threads(),
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,31 +12,21 @@ from torch.autograd.function import once_differentiable
 
 from recbole_holo.ops import native
 
-LOG2_E = 1.4426950408889634
+if TYPE_CHECKING:
+    from recbole_holo.ops.selective_scan import ScanArguments
+
 Arguments = native.structure(
     "Arguments", "batch length inner order groups softplus z_row", "u delta b c rates skip bias z"
 )
 
 
-def selective_scan_native(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def selective_scan_native(given: ScanArguments, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     """As :func:`recbole_holo.ops.selective_scan.selective_scan`; returns the outputs and the last state, in float32."""
-    inner, order = A.shape
+    (inner, order), u, z = given.A.shape, given.u, None if given.z is None else given.z.float()
     zeros = u.new_zeros(inner, dtype=torch.float32)
     initial = u.new_zeros(u.shape[0], inner, order, dtype=torch.float32) if initial_state is None else initial_state
-    tensors = [t.float() for t in (u, delta, A, B, C)]
-    tensors += [zeros if t is None else t.float() for t in (D, delta_bias)] + [initial.float()]
-    z = None if z is None else z.float()
+    tensors = [t.float() for t in (u, given.delta, given.A, given.B, given.C)]
+    tensors += [zeros if t is None else t.float() for t in (given.D, given.delta_bias)] + [initial.float()]
     # Channels and states that are added to fill vectors have no input, and no output that anyone reads.
     channels, states = native.whole(inner, native.lanes()) - inner, native.whole_states(order) - order
     if channels or states:
@@ -43,7 +34,7 @@ def selective_scan_native(
         grow = (wider, wider, more + wider, more, more, wider, wider, more + wider)
         tensors = [F.pad(tensor, by) for tensor, by in zip(tensors, grow, strict=True)]
         z = None if z is None else F.pad(z, (0, channels))
-    y, last = NativeSelectiveScan.apply(*tensors, z, delta_softplus)
+    y, last = NativeSelectiveScan.apply(*tensors, z, given.delta_softplus)
     return y[..., :inner], last[:, :inner, :order]
 
 
@@ -65,15 +56,15 @@ class NativeSelectiveScan(torch.autograd.Function):
         softplus: bool,
     ) -> tuple[Tensor, Tensor]:
         u, delta, B, C, D, bias = (t.contiguous() for t in (u, delta, B, C, D, bias))
-        z = None if z is None else evenly_spaced(z)
-        rates, state = native.pack(A * LOG2_E), native.pack(initial)
+        z = None if z is None else native.evenly_spaced(z)
+        rates, state = native.pack(A * native.LOG2_E), native.pack(initial)
         (batch, length, inner), order, threads = u.shape, A.shape[1], torch.get_num_threads()
         kept = u.new_empty(batch, native.stretches(length), inner * order) if any(ctx.needs_input_grad) else None
         y = torch.empty_like(u)
         ctx.save_for_backward(u, delta, B, C, rates, D, bias, z, kept)
         ctx.softplus = softplus
         native.library().selective_scan_forward(
-            native.by_reference(arguments(u, delta, B, C, rates, D, bias, z, softplus)),
+            ctypes.byref(arguments(u, delta, B, C, rates, D, bias, z, softplus)),
             threads,
             *map(native.pointer, (kept, state, y)),
         )
@@ -91,7 +82,7 @@ class NativeSelectiveScan(torch.autograd.Function):
         sums = u.new_zeros(threads, inner * order + 2 * inner)
         gy = gy.contiguous()
         native.library().selective_scan_backward(
-            native.by_reference(given), threads, *map(native.pointer, (kept, gy, gu, gdelta, gz, gb, gc, gstate, sums))
+            ctypes.byref(given), threads, *map(native.pointer, (kept, gy, gu, gdelta, gz, gb, gc, gstate, sums))
         )
         gA, gD, gbias = native.split(sums, [tuple(rates.shape), (inner,), (inner,)])
         return gu, gdelta, native.unpack(gA), gb.sum(0), gc.sum(0), gD, gbias, native.unpack(gstate), gz, None
@@ -113,9 +104,3 @@ def arguments(
     groups = min(-(-torch.get_num_threads() // max(batch, 1)), rates.shape[0])
     pointers = map(native.pointer, (u, delta, B, C, rates, D, bias, z))
     return Arguments(batch, length, inner, order, groups, softplus, 0 if z is None else z.stride(1), *pointers)
-
-
-def evenly_spaced(x: Tensor) -> Tensor:
-    """``x [batch, L, D]`` itself if its rows follow at one distance, as in a slice of the last axis; else a copy."""
-    in_place = x.stride(2) == 1 and x.stride(1) >= x.shape[2] and x.stride(0) == x.shape[1] * x.stride(1)
-    return x if in_place else x.contiguous()

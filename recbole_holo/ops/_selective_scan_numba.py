@@ -24,6 +24,8 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from recbole_holo.ops.native import evenly_spaced
+
 LANES = 128  # fewer leave the vector units idle, more push the state of a chunk out of the L2 cache
 CHUNK = 16
 
@@ -302,12 +304,6 @@ class NumbaSelectiveScan(torch.autograd.Function):
 def arrays(*tensors: Tensor) -> list[np.ndarray]:
     """The same memory for numba."""
     return [t.detach().numpy() for t in tensors]
-
-
-def evenly_spaced(x: Tensor) -> Tensor:
-    """``x [batch, L, D]`` itself if its rows follow at one distance, as in a slice of the last axis; else a copy."""
-    in_place = x.stride(2) == 1 and x.stride(1) >= x.shape[2] and x.stride(0) == x.shape[1] * x.stride(1)
-    return x if in_place else x.contiguous()
 
 
 def rows(x: Tensor) -> tuple[np.ndarray, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import ctypes
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recbole_holo.ops import native
-from recbole_holo.ops._selective_scan_native import LOG2_E, evenly_spaced
+
+if TYPE_CHECKING:
+    from recbole_holo.ops.state_space_dual import DualArguments
 
 Arguments = native.structure(
     "Arguments",
@@ -20,31 +23,21 @@ Arguments = native.structure(
 
 
 def state_space_dual_native(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    wants_state: bool,
+    given: DualArguments, initial_state: Tensor | None, wants_state: bool
 ) -> tuple[Tensor, Tensor]:
     """As :func:`recbole_holo.ops.state_space_dual.state_space_dual_with_state`: outputs and last state, in float32.
 
     The state is empty unless ``wants_state``.
     """
-    (heads, width), (groups, order) = x.shape[2:], B.shape[2:]
-    zeros = x.new_zeros(heads, dtype=torch.float32)
-    A, D, dt_bias = A.float(), zeros if D is None else D.float(), zeros if dt_bias is None else dt_bias.float()
+    (heads, width), (groups, order) = given.x.shape[2:], given.B.shape[2:]
+    zeros = given.x.new_zeros(heads, dtype=torch.float32)
+    D, dt_bias = (zeros if t is None else t.float() for t in (given.D, given.dt_bias))
     # Channels and states that are added to fill vectors have no input, and no output that anyone reads.
     channels, states = (native.whole(size, native.lanes()) - size for size in (width, order))
-    x, B, C = F.pad(x.float(), (0, channels)), F.pad(B.float(), (0, states)), F.pad(C.float(), (0, states))
+    x, B, C = (F.pad(t.float(), (0, by)) for t, by in ((given.x, channels), (given.B, states), (given.C, states)))
     initial = None if initial_state is None else F.pad(initial_state.float(), (0, states, 0, channels)).flatten(1, 2)
-    y, last = NativeStateSpaceDual.apply(
-        x.flatten(2), dt.float(), A, B.flatten(2), C.flatten(2), D, dt_bias, initial, groups, dt_softplus, wants_state
-    )
+    tensors = (x.flatten(2), given.dt.float(), given.A.float(), B.flatten(2), C.flatten(2), D, dt_bias, initial)
+    y, last = NativeStateSpaceDual.apply(*tensors, groups, given.dt_softplus, wants_state)
     y = y.unflatten(-1, (heads, -1))[..., :width]
     return y, last.unflatten(1, (heads, -1))[:, :, :width, :order] if wants_state else last
 
@@ -55,8 +48,8 @@ class NativeStateSpaceDual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor]:
         *tensors, initial, ctx.groups, ctx.softplus, ctx.wants_state = given
-        x, dt, B, C = (evenly_spaced(tensors[i]) for i in (0, 1, 3, 4))
-        rates, D, bias = tensors[2] * LOG2_E, tensors[5].contiguous(), tensors[6].contiguous()
+        x, dt, B, C = (native.evenly_spaced(tensors[i]) for i in (0, 1, 3, 4))
+        rates, D, bias = tensors[2] * native.LOG2_E, tensors[5].contiguous(), tensors[6].contiguous()
         (batch, length, channels), order, lanes = x.shape, B.shape[2] // ctx.groups, native.lanes()
         state = x.new_empty(batch, channels // lanes, order, lanes) if initial is None else native.pack(initial)
         first = None if initial is None else state.clone()
@@ -66,7 +59,7 @@ class NativeStateSpaceDual(torch.autograd.Function):
         y = x.new_empty(x.shape)
         ctx.save_for_backward(x, dt, B, C, rates, D, bias, first, kept)
         native.library().ssd_op_forward(
-            native.by_reference(arguments(ctx, x, dt, B, C, rates, D, bias, first)),
+            ctypes.byref(arguments(ctx, x, dt, B, C, rates, D, bias, first)),
             torch.get_num_threads(),
             *map(native.pointer, (kept, state, y)),
         )
@@ -84,7 +77,7 @@ class NativeStateSpaceDual(torch.autograd.Function):
         gstate = native.pack(glast) if ctx.wants_state else x.new_empty(last_shape)
         sums = x.new_zeros(threads, 3 * heads)
         native.library().ssd_op_backward(
-            native.by_reference(given),
+            ctypes.byref(given),
             threads,
             *map(native.pointer, (kept, first, gy, gx, gdt, gb, gc, gstate, sums)),
         )

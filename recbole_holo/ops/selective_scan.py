@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_holo.ops import backend
+
+
+class ScanArguments(NamedTuple):
+    """What :func:`selective_scan` is given, on its way to one of the forms."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    delta_bias: Tensor | None
+    delta_softplus: bool
 
 
 def selective_scan(
@@ -38,14 +54,15 @@ def selective_scan(
     Returns:
         ``[batch, L, D]`` in the type of ``u``. The recurrence itself runs in float32 (float64 inputs: float64).
     """
+    given = ScanArguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     implementation = backend.choose("selective_scan", u)
     if implementation == "mamba-ssm":
-        return _selective_scan_cuda(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        return _cuda(given)
     if implementation == "native":
-        return _selective_scan_native(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None)[0]
+        return _native(given, None)[0]
     if implementation == "numba":
-        return _selective_scan_numba(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    return selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        return _numba(given)
+    return _reference(given, None)[0]
 
 
 def selective_scan_with_state(
@@ -68,54 +85,13 @@ def selective_scan_with_state(
     Returns:
         ``[batch, L, D]`` in the type of ``u``, and ``[batch, D, N]`` in float32 (float64 inputs: float64).
     """
+    given = ScanArguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     implementation = backend.choose("selective_scan", u)
     if implementation == "native":
-        return _selective_scan_native(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+        return _native(given, initial_state)
     if implementation == "reference":
-        return _reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
-    return _with_state_steps(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
-
-
-def _with_state_steps(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """For kernels that know no state: N steps more in front write it, N more behind read it.
-
-    A step in front has so small a step size that nothing decays, an input as much larger, and B picks one state. A step
-    behind has step size 0, so nothing changes, and C picks one state.
-    """
-    dtype, (batch, length, _), order = u.dtype, u.shape, A.shape[1]
-    u, delta, B, C = (t.float() for t in (u, delta, B, C))
-    if delta_bias is not None:
-        delta = delta + delta_bias
-    if delta_softplus:
-        delta = F.softplus(delta)
-    small = 2.0**-30
-    pick = torch.eye(order, device=u.device).expand(batch, order, order)  # [batch, step, state]
-    nothing = u.new_zeros(batch, order, u.shape[2])
-    written = nothing if initial_state is None else initial_state.float().transpose(1, 2) / small
-    y = selective_scan(
-        torch.cat([written, u, nothing], 1),
-        torch.cat([nothing + small, delta, nothing], 1),
-        A,
-        torch.cat([pick, B, pick], 1),
-        torch.cat([pick, C, pick], 1),
-    )
-    y, last = y[:, order : order + length], y[:, order + length :].transpose(1, 2)
-    if D is not None:
-        y = y + D * u
-    if z is not None:
-        y = y * F.silu(z.float())
-    return y.to(dtype), last
+        return _reference(given, initial_state)
+    return _with_state_steps(given, initial_state)
 
 
 def selective_scan_reference(
@@ -130,28 +106,14 @@ def selective_scan_reference(
     delta_softplus: bool = False,
 ) -> Tensor:
     """:func:`selective_scan` step by step, by plain operations, for any device and floating type."""
-    return _reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, None)[0]
+    return _reference(ScanArguments(u, delta, A, B, C, D, z, delta_bias, delta_softplus), None)[0]
 
 
-def _reference(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    dtype = u.dtype
-    with backend.without_autocast(u):
-        u, delta, A, B, C = (backend.working(t) for t in (u, delta, A, B, C))
-        if delta_bias is not None:
-            delta = delta + delta_bias
-        if delta_softplus:
-            delta = F.softplus(delta)
+def _reference(given: ScanArguments, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    dtype = given.u.dtype
+    with backend.without_autocast(given.u):
+        u, A, B, C = (backend.working(t) for t in (given.u, given.A, given.B, given.C))
+        delta = _step_sizes(given)
         h = u.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state.to(u.dtype)
         outputs = []
         # unbind, not indexing: the gradient of x[:, t] is a zero tensor as large as x for every t, quadratic in L.
@@ -160,77 +122,80 @@ def _reference(
             h = torch.exp(delta_t.unsqueeze(-1) * A) * h + x_t.unsqueeze(-1) * b_t.unsqueeze(1)  # [batch, D, N]
             outputs.append(torch.matmul(h, c_t.unsqueeze(-1)).squeeze(-1))
         y = torch.stack(outputs, 1) if outputs else torch.zeros_like(u)
-        if D is not None:
-            y = y + D * u
-        if z is not None:
-            y = y * F.silu(backend.working(z))
-    return y.to(dtype), h
+        return _skip_and_gate(y, u, given).to(dtype), h
 
 
-def _selective_scan_native(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _native(given: ScanArguments, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     from recbole_holo.ops._selective_scan_native import selective_scan_native  # compiles, so only when it is needed
 
-    y, last = selective_scan_native(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
-    return y.to(u.dtype), last
+    y, last = selective_scan_native(given, initial_state)
+    return y.to(given.u.dtype), last
 
 
-def _selective_scan_numba(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
+def _numba(given: ScanArguments) -> Tensor:
     from recbole_holo.ops._selective_scan_numba import NumbaSelectiveScan  # imports numba, so only when it is needed
 
-    zeros = torch.zeros(u.shape[-1])
+    zeros = torch.zeros(given.u.shape[-1])
     y = NumbaSelectiveScan.apply(
-        *(t.float() for t in (u, delta, A, B, C)),
-        zeros if D is None else D.float(),
-        None if z is None else z.float(),
-        zeros if delta_bias is None else delta_bias.float(),
-        delta_softplus,
+        *(t.float() for t in (given.u, given.delta, given.A, given.B, given.C)),
+        zeros if given.D is None else given.D.float(),
+        None if given.z is None else given.z.float(),
+        zeros if given.delta_bias is None else given.delta_bias.float(),
+        given.delta_softplus,
     )
-    return y.to(u.dtype)
+    return y.to(given.u.dtype)
 
 
-def _selective_scan_cuda(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
+def _cuda(given: ScanArguments) -> Tensor:
     """The kernel takes ``[batch, D, L]``, one type for what changes with time and float32 for the parameters."""
-    delta, B, C = (t.to(u.dtype).transpose(1, 2) for t in (delta, B, C))
+    dtype = given.u.dtype
+    delta, B, C = (t.to(dtype).transpose(1, 2) for t in (given.delta, given.B, given.C))
     y = backend.kernel("selective_scan")(
-        u=u.transpose(1, 2),
+        u=given.u.transpose(1, 2),
         delta=delta,
-        A=A.float(),
+        A=given.A.float(),
         B=B,
         C=C,
-        D=None if D is None else D.float(),
-        z=None if z is None else z.to(u.dtype).transpose(1, 2),
-        delta_bias=None if delta_bias is None else delta_bias.float(),
-        delta_softplus=delta_softplus,
+        D=None if given.D is None else given.D.float(),
+        z=None if given.z is None else given.z.to(dtype).transpose(1, 2),
+        delta_bias=None if given.delta_bias is None else given.delta_bias.float(),
+        delta_softplus=given.delta_softplus,
     )
     return y.transpose(1, 2)
+
+
+def _with_state_steps(given: ScanArguments, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """For kernels that know no state: N steps more in front write it, N more behind read it.
+
+    A step in front has so small a step size that nothing decays, an input as much larger, and B picks one state. A step
+    behind has step size 0, so nothing changes, and C picks one state.
+    """
+    dtype, (batch, length, _), order = given.u.dtype, given.u.shape, given.A.shape[1]
+    u, B, C = (t.float() for t in (given.u, given.B, given.C))
+    delta = _step_sizes(given)
+    small = 2.0**-30
+    pick = torch.eye(order, device=u.device).expand(batch, order, order)  # [batch, step, state]
+    nothing = u.new_zeros(batch, order, u.shape[2])
+    written = nothing if initial_state is None else initial_state.float().transpose(1, 2) / small
+    y = selective_scan(
+        torch.cat([written, u, nothing], 1),
+        torch.cat([nothing + small, delta, nothing], 1),
+        given.A,
+        torch.cat([pick, B, pick], 1),
+        torch.cat([pick, C, pick], 1),
+    )
+    y, last = y[:, order : order + length], y[:, order + length :].transpose(1, 2)
+    return _skip_and_gate(y, u, given).to(dtype), last
+
+
+def _step_sizes(given: ScanArguments) -> Tensor:
+    delta = backend.working(given.delta)
+    if given.delta_bias is not None:
+        delta = delta + given.delta_bias
+    return F.softplus(delta) if given.delta_softplus else delta
+
+
+def _skip_and_gate(y: Tensor, u: Tensor, given: ScanArguments) -> Tensor:
+    if given.D is not None:
+        y = y + given.D * u
+    return y if given.z is None else y * F.silu(backend.working(given.z))

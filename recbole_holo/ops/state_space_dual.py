@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,19 @@ from torch.autograd.function import once_differentiable
 
 from recbole_holo.errors import ConfigError
 from recbole_holo.ops import backend
+
+
+class DualArguments(NamedTuple):
+    """What :func:`state_space_dual` is given, on its way to one of the forms."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+    dt_softplus: bool
 
 
 def state_space_dual(
@@ -46,14 +59,15 @@ def state_space_dual(
         ConfigError: the groups do not divide the heads.
     """
     _check_groups(x, B)
+    given = DualArguments(x, dt, A, B, C, D, dt_bias, dt_softplus)
     implementation = backend.choose("state_space_dual", x)
     if implementation == "mamba-ssm":
-        return _state_space_dual_cuda(x, dt, A, B, C, D, dt_bias, dt_softplus, chunk_size)
+        return _cuda(given, chunk_size)
     if implementation == "native":
-        return _state_space_dual_native(x, dt, A, B, C, D, dt_bias, dt_softplus, None, False)[0]
+        return _native(given, None, False)[0]
     if implementation == "torch":
-        return _state_space_dual_products(x, dt, A, B, C, D, dt_bias, dt_softplus, chunk_size, None, False)[0]
-    return state_space_dual_reference(x, dt, A, B, C, D, dt_bias, dt_softplus)
+        return _products(given, chunk_size, None, False)[0]
+    return _reference(given, None)[0]
 
 
 def state_space_dual_with_state(
@@ -77,18 +91,17 @@ def state_space_dual_with_state(
         ``[batch, L, H, P]`` in the type of ``x``, and ``[batch, H, P, N]`` in float32 (float64 inputs: float64).
     """
     _check_groups(x, B)
+    given = DualArguments(x, dt, A, B, C, D, dt_bias, dt_softplus)
     implementation = backend.choose("state_space_dual", x)
     if implementation == "mamba-ssm":
         initial = None if initial_state is None else initial_state.float()
-        y, last = _state_space_dual_cuda(
-            x, dt, A, B, C, D, dt_bias, dt_softplus, chunk_size, initial_states=initial, return_final_states=True
-        )
+        y, last = _cuda(given, chunk_size, initial_states=initial, return_final_states=True)
         return y, last.float()
     if implementation == "native":
-        return _state_space_dual_native(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, True)
+        return _native(given, initial_state, True)
     if implementation == "torch":
-        return _state_space_dual_products(x, dt, A, B, C, D, dt_bias, dt_softplus, chunk_size, initial_state, True)
-    return _reference(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state)
+        return _products(given, chunk_size, initial_state, True)
+    return _reference(given, initial_state)
 
 
 def state_space_dual_reference(
@@ -102,24 +115,14 @@ def state_space_dual_reference(
     dt_softplus: bool = True,
 ) -> Tensor:
     """:func:`state_space_dual` step by step, by plain operations, for any device and floating type."""
-    return _reference(x, dt, A, B, C, D, dt_bias, dt_softplus, None)[0]
+    return _reference(DualArguments(x, dt, A, B, C, D, dt_bias, dt_softplus), None)[0]
 
 
-def _reference(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    dtype, heads = x.dtype, x.shape[2]
-    with backend.without_autocast(x):
-        x, A, B, C = (backend.working(t) for t in (x, A, B, C))
-        dt = _step_sizes(dt, dt_bias, dt_softplus)
+def _reference(given: DualArguments, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    dtype, heads = given.x.dtype, given.x.shape[2]
+    with backend.without_autocast(given.x):
+        x, A, B, C = (backend.working(t) for t in (given.x, given.A, given.B, given.C))
+        dt = _step_sizes(given)
         B, C = (t.repeat_interleave(heads // t.shape[2], dim=2) for t in (B, C))  # [batch, L, H, N]
         start = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1])
         h, outputs = start if initial_state is None else initial_state.to(x.dtype), []
@@ -128,52 +131,30 @@ def _reference(
         for decay, x_t, b_t, c_t in zip(*steps, strict=True):
             h = decay[..., None, None] * h + x_t.unsqueeze(-1) * b_t.unsqueeze(-2)  # [batch, H, P, N]
             outputs.append(torch.matmul(h, c_t.unsqueeze(-1)).squeeze(-1))
-        return _add_skip(torch.stack(outputs, 1), x, D).to(dtype), h
+        return _add_skip(torch.stack(outputs, 1), x, given.D).to(dtype), h
 
 
-def _state_space_dual_native(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    initial_state: Tensor | None,
-    wants_state: bool,
-) -> tuple[Tensor, Tensor]:
+def _native(given: DualArguments, initial_state: Tensor | None, wants_state: bool) -> tuple[Tensor, Tensor]:
     from recbole_holo.ops._state_space_dual_native import state_space_dual_native  # compiles, so only when it is needed
 
-    y, last = state_space_dual_native(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_state, wants_state)
-    return y.to(x.dtype), last
+    y, last = state_space_dual_native(given, initial_state, wants_state)
+    return y.to(given.x.dtype), last
 
 
-def _state_space_dual_products(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    chunk_size: int,
-    initial_state: Tensor | None,
-    wants_state: bool,
+def _products(
+    given: DualArguments, chunk_size: int, initial_state: Tensor | None, wants_state: bool
 ) -> tuple[Tensor, Tensor]:
     """Chunks of equal length: inside one, a masked product like attention; between them, their last states.
 
     Every group becomes a batch entry of its own, so B and C are never repeated over heads and the states of all heads
     of a group come from one matrix product. The last state is empty unless ``wants_state``.
     """
-    dtype = x.dtype
-    batch, length, heads, width = x.shape
-    groups, order = B.shape[2:]
+    batch, length, heads, width = given.x.shape
+    groups, order = given.B.shape[2:]
     shared = heads // groups
-    with backend.without_autocast(x):
-        x, A, B, C = (backend.working(t) for t in (x, A, B, C))
-        dt = _step_sizes(dt, dt_bias, dt_softplus)
+    with backend.without_autocast(given.x):
+        x, A, B, C = (backend.working(t) for t in (given.x, given.A, given.B, given.C))
+        dt = _step_sizes(given)
         chunks = -(-length // chunk_size)
         size = -(-length // chunks)  # even chunks: 65 steps are 33 + 32, not 64 + 1 and 63 of padding
         pad = chunks * size - length
@@ -210,7 +191,7 @@ def _state_space_dual_products(
             carried = (c[:, first:] @ torch.stack(states, 1).flatten(3)).view_as(inputs[:, first:])
             y = torch.cat([y[:, :first], y[:, first:] + carried * torch.exp(total[:, first:]).unsqueeze(-1)], 1)
         y = y.reshape(batch, groups, chunks * size, shared, width)[:, :, :length].transpose(1, 2)
-        y = _add_skip(y.reshape(batch, length, heads, width), x, D).to(dtype)
+        y = _add_skip(y.reshape(batch, length, heads, width), x, given.D).to(given.x.dtype)
         if wants_state:
             state = state.permute(0, 2, 3, 1).reshape(batch, heads, width, order)
         return y, state
@@ -244,30 +225,9 @@ class _Decay(torch.autograd.Function):
         return total.flip(-1).cumsum(-1).flip(-1).to(gradient.dtype)
 
 
-def _state_space_dual_cuda(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    chunk_size: int,
-    **states: Any,
-) -> Any:
-    return backend.kernel("state_space_dual")(
-        x=x,
-        dt=dt,
-        A=A.float(),
-        B=B.to(x.dtype),
-        C=C.to(x.dtype),
-        chunk_size=chunk_size,
-        D=D,
-        dt_bias=dt_bias,
-        dt_softplus=dt_softplus,
-        **states,
-    )
+def _cuda(given: DualArguments, chunk_size: int, **states: Any) -> Any:
+    cast = {"A": given.A.float(), "B": given.B.to(given.x.dtype), "C": given.C.to(given.x.dtype)}
+    return backend.kernel("state_space_dual")(**given._asdict() | cast, chunk_size=chunk_size, **states)
 
 
 def _check_groups(x: Tensor, B: Tensor) -> None:
@@ -276,11 +236,11 @@ def _check_groups(x: Tensor, B: Tensor) -> None:
         raise ConfigError("ngroups", groups, f"it must divide the number of heads, {heads}")
 
 
-def _step_sizes(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> Tensor:
-    dt = backend.working(dt)
-    if dt_bias is not None:
-        dt = dt + dt_bias
-    return F.softplus(dt) if dt_softplus else dt
+def _step_sizes(given: DualArguments) -> Tensor:
+    dt = backend.working(given.dt)
+    if given.dt_bias is not None:
+        dt = dt + given.dt_bias
+    return F.softplus(dt) if given.dt_softplus else dt
 
 
 def _add_skip(y: Tensor, x: Tensor, D: Tensor | None) -> Tensor:

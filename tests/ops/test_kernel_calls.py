@@ -15,7 +15,7 @@ from recbole_holo.ops import backend, causal_conv1d, selective_scan, state_space
 from recbole_holo.ops.causal_conv1d import causal_conv1d_reference
 from recbole_holo.ops.mamba2_block import gated_rms_norm
 from recbole_holo.ops.selective_scan import selective_scan_reference
-from recbole_holo.ops.state_space_dual import _reference, state_space_dual_reference
+from recbole_holo.ops.state_space_dual import DualArguments, _reference, state_space_dual_reference
 
 
 def selective_scan_fn(
@@ -95,7 +95,7 @@ def mamba_chunk_scan_combined(
     return_varlen_states=False,
 ):
     assert {t.dtype for t in (x, B, C)} == {x.dtype}
-    y, last = _reference(x, dt, A, B, C, D, dt_bias, dt_softplus, initial_states)
+    y, last = _reference(DualArguments(x, dt, A, B, C, D, dt_bias, dt_softplus), initial_states)
     return (y, last) if return_final_states else y
 
 

@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +31,7 @@ SOURCES = (
     "mamba2.cpp",
     "convolution.cpp",
 )
+LOG2_E = 1.4426950408889634  # the kernels take decays as powers of two
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fno-exceptions", "-fno-math-errno", "-shared", "-fPIC")
 
@@ -127,7 +127,7 @@ def _processor() -> str:
 
 def _cache_folders() -> list[Path]:
     base = os.environ.get("XDG_CACHE_HOME")
-    home = Path(base) if base else Path.home() / ".cache"
+    home = Path(base or os.path.expanduser("~/.cache"))
     user = os.getuid() if hasattr(os, "getuid") else "user"
     return [home / "recbole_holo", Path(tempfile.gettempdir()) / f"recbole_holo-{user}"]
 
@@ -186,5 +186,7 @@ def split(sums: Tensor, shapes: list[tuple[int, ...]]) -> Iterator[Tensor]:
     return (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
-def by_reference(value: Any) -> Any:
-    return ctypes.byref(value)
+def evenly_spaced(x: Tensor) -> Tensor:
+    """``x [batch, L, D]`` itself if its rows follow at one distance, as in a slice of the last axis; else a copy."""
+    in_place = x.stride(2) == 1 and x.stride(1) >= x.shape[2] and x.stride(0) == x.shape[1] * x.stride(1)
+    return x if in_place else x.contiguous()
