@@ -8,7 +8,7 @@ from torch.nn.functional import silu
 from recbole_holo.errors import ConfigError
 from recbole_holo.layers import Dropout, LatentMamba2
 from recbole_holo.layers.carried import Carried, through
-from recbole_holo.layers.gated_ffn import SwiGLU
+from recbole_holo.layers.feed_forward import SwiGLU
 from recbole_holo.layers.rope import rotary
 from recbole_holo.model.base import SequenceRecommender, item_table, positive_int, positive_number, probability
 

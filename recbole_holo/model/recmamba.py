@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from recbole_holo.errors import ConfigError
 from recbole_holo.layers import Dropout, Mamba
 from recbole_holo.layers.carried import Carried, through
-from recbole_holo.layers.gated_ffn import FeedForward
+from recbole_holo.layers.feed_forward import FeedForward
 from recbole_holo.model.base import SequenceRecommender, item_table, one_of, positive_int, positive_number, probability
 
 NORMS = ("none", "pre", "post")

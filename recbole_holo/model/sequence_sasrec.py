@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_holo.errors import ConfigError
+from recbole_holo.layers import Dropout
 from recbole_holo.model.base import SequenceRecommender, item_table, one_of, positive_int, positive_number, probability
+from recbole_holo.ops.feed_forward import FeedForwardWeights, feed_forward
 
 NORMS = ("post", "pre")
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -55,7 +57,7 @@ class SequenceSASRec(SequenceRecommender):
         self.item_embedding = item_table(self.n_items, d, std)
         self.position_embedding = nn.Embedding(positive_int("MAX_ITEM_LIST_LENGTH", self.max_seq_length), d)
         self.LayerNorm = nn.LayerNorm(d, eps=eps)
-        self.dropout = nn.Dropout(probability("hidden_dropout_prob", config["hidden_dropout_prob"]))
+        self.dropout = Dropout(probability("hidden_dropout_prob", config["hidden_dropout_prob"]))
         self.trm_encoder = TransformerEncoder(config)
         self.final_norm = nn.LayerNorm(d, eps=eps) if pre else nn.Identity()
 
@@ -136,7 +138,7 @@ class MultiHeadAttention(nn.Module):
         self.value = nn.Linear(d, d)
         self.dense = nn.Linear(d, d)
         self.LayerNorm = nn.LayerNorm(d, eps=config["layer_norm_eps"])
-        self.out_dropout = nn.Dropout(config["hidden_dropout_prob"])
+        self.out_dropout = Dropout(config["hidden_dropout_prob"])
 
     def forward(self, h: Tensor, attend: Attend) -> Tensor:
         x = self.LayerNorm(h) if self.pre else h
@@ -152,14 +154,20 @@ class FeedForward(nn.Module):
         super().__init__()
         d, inner = config["hidden_size"], positive_int("inner_size", config["inner_size"])
         self.pre = config["norm"] == "pre"
-        self.activation = ACTIVATIONS[one_of("hidden_act", config["hidden_act"], tuple(ACTIVATIONS))]
+        self.hidden_act = one_of("hidden_act", config["hidden_act"], tuple(ACTIVATIONS))
         self.dense_1 = nn.Linear(d, inner)
         self.dense_2 = nn.Linear(inner, d)
         self.LayerNorm = nn.LayerNorm(d, eps=config["layer_norm_eps"])
-        self.dropout = nn.Dropout(config["hidden_dropout_prob"])
+        self.dropout = Dropout(config["hidden_dropout_prob"])
 
     def forward(self, h: Tensor) -> Tensor:
         """``[B, L, d]`` → ``[B, L, d]``."""
         x = self.LayerNorm(h) if self.pre else h
-        h = h + self.dropout(self.dense_2(self.activation(self.dense_1(x))))
+        h = h + self.dropout(self._inside(x))
         return h if self.pre else self.LayerNorm(h)
+
+    def _inside(self, x: Tensor) -> Tensor:
+        up, down = self.dense_1, self.dense_2
+        if self.hidden_act == "gelu":
+            return feed_forward(x, FeedForwardWeights(up.weight, up.bias, down.weight, down.bias))
+        return down(ACTIVATIONS[self.hidden_act](up(x)))

@@ -7,6 +7,7 @@ Each has a plain reference, a fast CPU form and the fused CUDA kernel behind one
 from recbole_holo.ops.causal_conv1d import causal_conv1d
 from recbole_holo.ops.circular_convolution import bind, circular_convolution, circular_correlation, unbind, unitary
 from recbole_holo.ops.cross_entropy import cross_entropy
+from recbole_holo.ops.feed_forward import FeedForwardWeights, feed_forward
 from recbole_holo.ops.losses import bce, bpr, info_nce, sample_negatives
 from recbole_holo.ops.mamba2_block import (
     Mamba2Sizes,
@@ -22,6 +23,7 @@ from recbole_holo.ops.selective_scan import selective_scan, selective_scan_with_
 from recbole_holo.ops.state_space_dual import state_space_dual, state_space_dual_with_state
 
 __all__ = [
+    "FeedForwardWeights",
     "Mamba2Sizes",
     "Mamba2Weights",
     "MambaState",
@@ -33,6 +35,7 @@ __all__ = [
     "circular_convolution",
     "circular_correlation",
     "cross_entropy",
+    "feed_forward",
     "gated_rms_norm",
     "info_nce",
     "mamba2_block",

@@ -178,6 +178,11 @@ def working(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def runs_native(tensor: Tensor) -> bool:
+    """Whether the C++ kernels that only CPUs have (losses, dropout, feed-forward layers) run for ``tensor``."""
+    return tensor.device.type == "cpu" and _backend != "reference" and not native.problem()
+
+
 def product_type(tensor: Tensor) -> torch.dtype:
     """The type that a matrix product with ``tensor`` would have: autocast's, if that is on."""
     device = tensor.device.type

@@ -66,12 +66,7 @@ def cross_entropy(
 
 def _is_native(hidden: Tensor, dtype: torch.dtype, items: int, width: int) -> bool:
     """Whether the C++ kernel runs: a gradient of the table in each thread is worth it for small tables only."""
-    if (
-        hidden.device.type != "cpu"
-        or dtype not in (torch.float32, torch.bfloat16)
-        or items > _NATIVE_ITEMS
-        or native.problem()
-    ):
+    if dtype not in (torch.float32, torch.bfloat16) or items > _NATIVE_ITEMS or not backend.runs_native(hidden):
         return False
     return width % native.lanes() == 0
 
@@ -165,7 +160,7 @@ def _softmax(
     scores: Tensor, targets: Tensor, bias: Tensor | None, scale: float, losses: Tensor, gradient: bool
 ) -> Tensor:
     """Writes the losses of rows of scores; returns the gradient of ``scale · Σ losses``, in the place of the scores."""
-    if scores.device.type == "cpu" and scores.dtype == torch.float32 and not native.problem():
+    if scores.dtype == torch.float32 and backend.runs_native(scores):
         targets = targets.contiguous()
         bias = None if bias is None else bias.float().contiguous()
         native.library().softmax_cross_entropy(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from recbole_holo.ops import native
+from recbole_holo.ops import backend, native
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
@@ -18,37 +18,42 @@ def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
 
     On a CPU the mask is a hash of one seed and the position: the seed is drawn from PyTorch's generator, so
     ``torch.manual_seed`` and a restored random state repeat it, and the backward pass computes the mask again.
-    Elsewhere, and for other types than float32, it is PyTorch's dropout.
+    Elsewhere, and in float64, it is PyTorch's dropout.
     """
     if not training or p == 0:
         return x
-    if x.device.type != "cpu" or x.dtype != torch.float32 or native.problem():
+    if x.dtype == torch.float64 or not backend.runs_native(x):
         return F.dropout(x, p)
-    return Dropout.apply(x, p, torch.randint(2**62, (1,)))
+    return Dropout.apply(x.float(), *draws(p)).to(x.dtype)
+
+
+def draws(p: float) -> tuple[int, float, Tensor]:
+    """What the kernels drop with probability ``p`` by: a threshold, the scale of the rest, and a seed, newly drawn."""
+    seed = torch.randint(2**62, (1,)) if p else torch.zeros(1, dtype=torch.long)
+    return round(p * 2**31), 1 / (1 - p), seed
 
 
 class Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor) -> Tensor:
-        ctx.arguments = p, seed
-        return _dropped(x, p, seed)
+    def forward(ctx: Any, x: Tensor, *drawn: Any) -> Tensor:
+        ctx.drawn = drawn
+        return _dropped(x, *drawn)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
-        return _dropped(gy, *ctx.arguments), None, None
+        return _dropped(gy, *ctx.drawn), None, None, None
 
 
-def _dropped(x: Tensor, p: float, seed: Tensor) -> Tensor:
+def _dropped(x: Tensor, threshold: int, scale: float, seed: Tensor) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
-    threshold, scale = round(p * 2**31), ctypes.c_float(1 / (1 - p))
     native.library().dropout(
         ctypes.c_int64(x.numel()),
         torch.get_num_threads(),
         native.pointer(seed),
         threshold,
-        scale,
+        ctypes.c_float(scale),
         *map(native.pointer, (x, y)),
     )
     return y

@@ -274,15 +274,18 @@ class HoloTrainer(SafeCheckpoints, Trainer):
             desc=set_color(f"Train {epoch_idx:>5}", "pink"),
             disable=not show_progress,
         )
-        record: list[Tensor] = []  # the losses of every step, on the device
+        losses = torch.zeros(0, 1)  # of every step, on the device
         with self.graphs.replaying() if self.graphs is not None else nullcontext():
             for step, interaction in enumerate(shown):
                 if self.schedule is not None:
                     self._set_learning_rate(self.schedule.factor((epoch_idx + (step + 1) / steps) / self.epochs))
-                record.append(self._step(interaction.to(self.device), loss_func or self.model.calculate_loss, scaler))
-                if not self._looks_finite(record[-1]):
+                found = self._step(interaction.to(self.device), loss_func or self.model.calculate_loss, scaler)
+                if step == 0:  # in one piece: small tensors that outlive their step would tear the heap into pieces
+                    losses = found.new_zeros(steps, len(found))
+                losses[step] = found
+                if not self._looks_finite(found):
                     break
-        losses = torch.stack(record).double().cpu() if record else torch.zeros(0, 1)
+        losses = losses.double().cpu()
         broken = ~torch.isfinite(losses).all(1)
         if broken.any():
             self._stop_at(epoch_idx, int(broken.int().argmax()))

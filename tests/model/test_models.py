@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from recbole_holo.errors import ConfigError
 from recbole_holo.layers import Mamba
-from recbole_holo.layers.gated_ffn import FeedForward, SwiGLU
+from recbole_holo.layers.feed_forward import FeedForward, SwiGLU
 from recbole_holo.layers.rope import rotary
 
 from .conftest import MODELS, STATE_SPACE, build, build_tiny, read_yaml

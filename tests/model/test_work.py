@@ -75,8 +75,11 @@ def test_kernel_calls_of_a_step(name, monkeypatch):
         name: count for name, count in kernels.counted.items() if name not in ("lanes", "stretch", "states_together")
     }
     dropouts = asked.pop("dropout")
-    assert asked == {"mamba_forward": 2, "mamba_backward": 2, "cross_entropy": 1}
-    assert dropouts == 2 * {"RecMamba": 7, "HoloMambaRec": 3}[name]
+    wanted = {"mamba_forward": 2, "mamba_backward": 2, "cross_entropy": 1}
+    if name == "RecMamba":
+        wanted |= {"feed_forward": 2, "feed_forward_backward": 2}
+    assert asked == wanted
+    assert dropouts == 2 * {"RecMamba": 5, "HoloMambaRec": 3}[name]
 
 
 @pytest.mark.parametrize(("name", "most"), [("RecMamba", 260), ("HoloMambaRec", 190)])
@@ -91,7 +94,7 @@ def test_calls_do_not_grow_with_the_length(name, most):
     assert counts[0].total() <= most, counts[0].most_common(12)
 
 
-@pytest.mark.parametrize(("name", "floats_a_step"), [("RecMamba", 6000), ("HoloMambaRec", 3000), ("Hydra", 20000)])
+@pytest.mark.parametrize(("name", "floats_a_step"), [("RecMamba", 1400), ("HoloMambaRec", 1200), ("Hydra", 3000)])
 def test_memory_is_linear_in_the_length(name, floats_a_step):
     peaks = []
     for length in (256, 512, 1024):

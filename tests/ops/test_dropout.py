@@ -69,3 +69,13 @@ def test_other_types(dtype):
 def test_without_a_compiler(monkeypatch):
     monkeypatch.setattr(native, "problem", lambda: "none")
     assert set(dropout(torch.ones(1000), 0.5).tolist()) == {0.0, 2.0}
+
+
+def test_bfloat16_has_the_mask_of_float32():
+    x = torch.rand(300, 70) + 1
+    torch.manual_seed(5)
+    wanted = dropout(x, 0.4)
+    torch.manual_seed(5)
+    found = dropout(x.bfloat16(), 0.4)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found != 0, wanted != 0)

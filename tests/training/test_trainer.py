@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -138,6 +139,25 @@ def test_the_reported_loss_is_the_mean_over_targets(cyclic_dataset: str, tiny: d
         batches = list(train)
         summed = sum(trainer.model.calculate_loss(batch).item() * batch.n_targets for batch in batches)
     assert reported == pytest.approx(len(batches) * summed / sum(batch.n_targets for batch in batches), rel=1e-4)
+
+
+def test_an_epoch_keeps_nothing_of_its_steps(cyclic_dataset: str, tiny: dict[str, Any], monkeypatch: Any) -> None:
+    """A small tensor kept of every step tears the heap into pieces: ML-1M at length 50 grew by a gigabyte an epoch."""
+    trainer, train = trainer_and_data(cyclic_dataset, **tiny)
+    kept: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    one_step = trainer._step
+
+    def watched(*args: Any) -> Tensor:
+        found = one_step(*args)
+        kept.append(weakref.ref(found))
+        alive.append(sum(loss() is not None for loss in kept))
+        return found
+
+    monkeypatch.setattr(trainer, "_step", watched)
+    trainer._train_epoch(train, 0)
+    assert len(alive) == len(train) > 3
+    assert max(alive) <= 2
 
 
 # ---------------------------------------------------------------------- which batches are replayed

@@ -27,6 +27,7 @@ SOURCES = (
     "selective_scan.cpp",
     "cross_entropy.cpp",
     "dropout.cpp",
+    "feed_forward.cpp",
     "ssd.cpp",
     "mamba2.cpp",
     "convolution.cpp",

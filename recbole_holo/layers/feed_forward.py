@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from recbole_holo.layers.dropout import Dropout
+from recbole_holo.ops.feed_forward import FeedForwardWeights, feed_forward
 
 
 class SwiGLU(nn.Module):
@@ -26,7 +27,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., d]`` → ``[..., d]``."""
-        return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
+        up = torch.cat([self.gate.weight, self.up.weight])
+        return self.dropout(feed_forward(x, FeedForwardWeights(up, None, self.down.weight, None), gated=True))
 
 
 class FeedForward(nn.Module):
@@ -51,4 +53,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., d]`` → ``[..., d]``."""
-        return self.dropout(self.w_2(self.dropout(F.gelu(self.w_1(x)))))
+        weights = FeedForwardWeights(self.w_1.weight, self.w_1.bias, self.w_2.weight, self.w_2.bias)
+        return self.dropout(feed_forward(x, weights, p=self.dropout.p if self.training else 0.0))
