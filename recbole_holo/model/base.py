@@ -19,6 +19,7 @@ from recbole_holo.ops import cross_entropy, losses
 
 LOSSES = ("CE", "BPR", "BCE", "InfoNCE", "SampledCE")
 SIMILARITIES = ("dot", "cosine")
+PREFIX_GROUPS = 8  # parts of a batch of prefixes, each of nearly one length
 
 
 class SequenceRecommender(SequentialRecommender):
@@ -132,7 +133,12 @@ class SequenceRecommender(SequentialRecommender):
             where = positions_of(targets > 0, n_targets)
             hidden = self.encode(item_seq).flatten(0, 1)  # [B·L, d]
             return self.loss(hidden.index_select(0, where), targets.index_select(0, where))
-        return self.loss(self.forward(item_seq, interaction[self.ITEM_SEQ_LEN]), interaction[self.POS_ITEM_ID])
+        # Prefixes have all lengths, and a pad costs as much as an item: the loss of the rows, in order of length.
+        lengths, order = interaction[self.ITEM_SEQ_LEN].sort()
+        size = -(-len(order) // PREFIX_GROUPS)
+        groups = zip(order.split(size), lengths.split(size), strict=True)
+        hidden = torch.cat([self.forward(item_seq[rows, : int(own[-1])], own) for rows, own in groups])
+        return self.loss(hidden, interaction[self.POS_ITEM_ID][order])
 
     def losses_in_parts(self, interaction: Interaction, steps: int) -> Iterator[Tensor]:
         """:meth:`calculate_loss` in terms that add up to it, each over the next ``steps`` positions of the batch.

@@ -15,7 +15,7 @@ from recbole_holo.layers import Mamba
 from recbole_holo.layers.feed_forward import FeedForward, SwiGLU
 from recbole_holo.layers.rope import rotary
 
-from .conftest import MODELS, STATE_SPACE, build, build_tiny, read_yaml
+from .conftest import ALL_PRESETS, MODELS, STATE_SPACE, build, build_tiny, read_yaml
 
 LENGTHS = [9, 1, 5, 7]
 UNTRAINED = {"bundle_roles"}  # HoloMambaRec's authors allocate them and never use them
@@ -398,3 +398,27 @@ def test_feed_forwards_follow_their_equations():
     torch.testing.assert_close(plain(x), plain.w_2(F.gelu(plain.w_1(x))))
     assert not plain.w_1.bias.any()
     assert plain.w_1.weight.std() < 0.03
+
+
+@pytest.mark.parametrize("preset", ALL_PRESETS)
+def test_a_batch_of_prefixes_is_encoded_in_groups_of_nearly_one_length(preset, monkeypatch):
+    """The loss and its gradients are those of the whole batch, with fewer positions."""
+    model = build_tiny(preset, MAX_ITEM_LIST_LENGTH=50, loss_type="CE").train()
+    torch.manual_seed(0)
+    length = torch.randint(1, 51, (60,))
+    seq = torch.randint(1, model.n_items, (60, 50)).masked_fill(torch.arange(50) >= length[:, None], 0)
+    target = torch.randint(1, model.n_items, (60,))
+    batch = Interaction({model.ITEM_SEQ: seq, model.ITEM_SEQ_LEN: length, model.POS_ITEM_ID: target})
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(1)
+    whole_loss = model.loss(model.forward(seq, length), target)
+    wanted = torch.autograd.grad(whole_loss, parameters, allow_unused=True)
+
+    positions, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda item_seq: positions.append(item_seq.numel()) or encode(item_seq))
+    torch.manual_seed(1)
+    loss = model.calculate_loss(batch)
+    torch.testing.assert_close(loss, whole_loss, atol=1e-5, rtol=1e-5)
+    for found, expected in zip(torch.autograd.grad(loss, parameters, allow_unused=True), wanted, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+    assert sum(positions) < 0.65 * seq.numel()
