@@ -130,8 +130,10 @@ class SequenceRecommender(SequentialRecommender):
         if self.ITEM_TARGETS in interaction:
             targets = interaction[self.ITEM_TARGETS].flatten()  # [B·L]
             n_targets = getattr(interaction, "n_targets", None)  # known to the loader of whole sequences
-            where = positions_of(targets > 0, n_targets)
             hidden = self.encode(item_seq).flatten(0, 1)  # [B·L, d]
+            if n_targets == len(targets):  # full windows: nothing to select, and no copy to keep
+                return self.loss(hidden, targets)
+            where = positions_of(targets > 0, n_targets)
             return self.loss(hidden.index_select(0, where), targets.index_select(0, where))
         # Prefixes have all lengths, and a pad costs as much as an item: the loss of the rows, in order of length.
         lengths, order = interaction[self.ITEM_SEQ_LEN].sort()

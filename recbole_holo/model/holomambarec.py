@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from recbole_holo.layers import Dropout, Mamba
 from recbole_holo.layers.carried import Carried, through
 from recbole_holo.layers.holographic import AttributeEmbedding, HolographicBinding
+from recbole_holo.layers.prenorm import prenorm
 from recbole_holo.model.base import SequenceRecommender, item_table, positive_int, probability
 
 
@@ -80,4 +81,4 @@ class PreNormMamba(nn.Module):
         self.dropout = Dropout(config["dropout_prob"])
 
     def forward(self, h: Tensor, carried: Carried | None = None) -> Tensor:
-        return h + self.dropout(through(self.mamba, self.norm(h), carried))
+        return h + self.dropout(prenorm(self.norm, lambda x: through(self.mamba, x, carried), h))

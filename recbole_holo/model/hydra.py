@@ -9,6 +9,7 @@ from recbole_holo.errors import ConfigError
 from recbole_holo.layers import Dropout, LatentMamba2
 from recbole_holo.layers.carried import Carried, through
 from recbole_holo.layers.feed_forward import SwiGLU
+from recbole_holo.layers.prenorm import prenorm
 from recbole_holo.layers.rope import rotary
 from recbole_holo.model.base import SequenceRecommender, item_table, positive_int, positive_number, probability
 
@@ -76,8 +77,8 @@ class HydraBlock(nn.Module):
         self.dropout = Dropout(config["dropout_prob"])
 
     def forward(self, h: Tensor, carried: Carried | None = None) -> Tensor:
-        h = h + self.dropout(self.latent(self.latent_norm(h), carried))
-        return h + self.ffn(self.ffn_norm(h))
+        h = h + self.dropout(prenorm(self.latent_norm, lambda x: self.latent(x, carried), h))
+        return h + prenorm(self.ffn_norm, self.ffn, h)
 
 
 class LatentInteraction(nn.Module):

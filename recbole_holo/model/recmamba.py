@@ -11,6 +11,7 @@ from recbole_holo.errors import ConfigError
 from recbole_holo.layers import Dropout, Mamba
 from recbole_holo.layers.carried import Carried, through
 from recbole_holo.layers.feed_forward import FeedForward
+from recbole_holo.layers.prenorm import prenorm
 from recbole_holo.model.base import SequenceRecommender, item_table, one_of, positive_int, positive_number, probability
 
 NORMS = ("none", "pre", "post")
@@ -109,7 +110,7 @@ class RecMambaLayer(nn.Module):
 
     def _around(self, h: Tensor, branch: Callable[[Tensor], Tensor], norm: nn.Module) -> Tensor:
         """none: ``[h +] f(h)``; pre: ``[h +] f(norm(h))``; post: ``norm([h +] f(h))``."""
-        out = branch(norm(h) if self.norm_place == "pre" else h)
+        out = prenorm(norm, branch, h) if self.norm_place == "pre" else branch(h)
         if self.residual:
             out = h + out
         return norm(out) if self.norm_place == "post" else out

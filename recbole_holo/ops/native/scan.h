@@ -8,7 +8,7 @@
 #pragma once
 #include "simd.h"
 
-#define STRETCH 16     // steps from one kept state to the next: what the backward pass computes again at a time
+#define STRETCH 32     // steps from one kept state to the next: what the backward pass computes again at a time
 #define STATES 4       // of them walk together in the backward pass: their history of one stretch stays in the L1 cache
 #define LN_2 0.69314718055994531f
 
