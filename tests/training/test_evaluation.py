@@ -122,6 +122,7 @@ def test_evaluation_of_a_model_equals_recbole_trainers(max_elements: int | None,
     sizes = [len(batch[0]) for batch in test]
     assert sum(sizes) == len(test.dataset) == 943
     assert max(sizes) == (100 if max_elements is None else 40_000 // test.dataset.item_num)
+    torch.manual_seed(0)
     model = registry.get_model_class("RecMamba")(config, train.dataset)
     ours = HoloTrainer(config, model).evaluate(test, load_best_model=False)
     theirs = Trainer(config, model).evaluate(FullSortEvalDataLoader(config, test.dataset, None), load_best_model=False)
