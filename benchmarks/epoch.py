@@ -3,8 +3,10 @@
     OMP_WAIT_POLICY=passive python -m benchmarks.epoch [--dataset ml-1m] [--lengths 200 50] [--data_path dataset]
 
 Width 64, two layers, full softmax over all items, every event but a user's first and last two a target once. Our models
-train as they ship (but for the loss, which is cross-entropy for all), on whole sequences; RecBole's SASRec and GRU4Rec
-as RecBole ships them, at the same width, on prefixes. Seconds of an epoch: the second of two, the first warms up. An
+train as they ship (but for the loss, which is cross-entropy for all), on whole sequences, 3,200 positions a batch (16
+windows of 200, 64 of 50), windows overlapping by half; a row `disjoint, bf16` has windows that do not overlap and the
+factors of matrix products in bfloat16 (`window_stride`, `enable_amp`). RecBole's SASRec and GRU4Rec train as RecBole
+ships them, at the same width, on prefixes. Seconds of an epoch: the second of two, the first warms up. An
 epoch of RecBole's takes hours, so a few steps of it are measured and multiplied by its number of steps; all rows of an
 epoch are padded to one length, so that steps cost alike. Peak memory is that of the whole process. Evaluation is full
 ranking of all users on the validation split, metrics included.
@@ -26,6 +28,8 @@ from recbole_holo.quick_start import prepare
 
 OURS = ("RecMamba", "HoloMambaRec", "Hydra", "Mamba4Rec", "SequenceSASRec")
 RECBOLE = ("SASRec", "GRU4Rec")
+POSITIONS = 3200  # of a batch of our models
+LEAN = ("RecMamba", "HoloMambaRec")  # measured with disjoint windows and bfloat16 too
 STEPS = 3  # of RecBole's models, after one to warm up
 SETTINGS = {
     "hidden_size": 64,
@@ -41,10 +45,14 @@ SETTINGS = {
 }
 
 
-def cell(model: str, dataset: str, length: int, options: Any) -> dict[str, Any]:
+def cell(model: str, dataset: str, length: int, lean: bool, options: Any) -> dict[str, Any]:
     """Seconds of an epoch and of an evaluation, and peak bytes, in this process."""
     torch.set_num_threads(options.threads)
     given = {"use_gpu": options.device == "cuda", "data_path": options.data_path, "MAX_ITEM_LIST_LENGTH": length}
+    if model in OURS:
+        given["train_batch_size"] = POSITIONS // length
+    if lean:
+        given |= {"window_stride": length, "enable_amp": True}
     with tempfile.TemporaryDirectory() as folder:
         config = Config(model, dataset, config_dict=SETTINGS | given | {"checkpoint_dir": folder})
         trainer, train_data, valid_data, _ = prepare(config)
@@ -78,18 +86,24 @@ def cell(model: str, dataset: str, length: int, options: Any) -> dict[str, Any]:
     }
 
 
+def rows(dataset: str, length: int) -> list[list[str]]:
+    """The names of the cells of a length."""
+    named = [[model, dataset, str(length)] for model in (*OURS, *RECBOLE)]
+    return named + [[model, dataset, str(length), "lean"] for model in LEAN]
+
+
 def render(dataset: str, lengths: list[int], device: str) -> str:
     lines = ["| length | model | seconds an epoch | as many as RecBole's SASRec takes | peak MiB | evaluation, s |"]
     lines.append("|---|---|---:|---:|---:|---:|")
     machines = set()
     for length in lengths:
-        found = {m: kept("epoch", [m, dataset, str(length)], device) for m in (*OURS, *RECBOLE)}
+        found = {words[0] + " ".join(words[3:]): kept("epoch", words, device) for words in rows(dataset, length)}
         scale = found["SASRec"]
         for model, one in found.items():
             if one is None:
                 continue
             machines.add(one["machine"])
-            name = f"{model} (RecBole)" if model in RECBOLE else model
+            name = f"{model} (RecBole)" if model in RECBOLE else model.replace("lean", ", disjoint, bf16")
             seconds = f"{one['epoch_seconds']:,.1f}" + (" (extrapolated)" if one["extrapolated"] else "")
             ratio = f"1/{scale['epoch_seconds'] / one['epoch_seconds']:,.0f}" if scale else ""
             memory = f"{one['peak_bytes'] / 2**20:,.0f}"
@@ -105,12 +119,13 @@ def main() -> None:
     options.add_argument("--models", nargs="+", default=[*OURS, *RECBOLE], choices=[*OURS, *RECBOLE])
     chosen = options.parse_args()
     if chosen.cell:
-        print(json.dumps(cell(chosen.cell[0], chosen.cell[1], int(chosen.cell[2]), chosen)))
+        model, dataset, length = chosen.cell[:3]
+        print(json.dumps(cell(model, dataset, int(length), "lean" in chosen.cell, chosen)))
         return
     for length in () if chosen.render else chosen.lengths:
-        for model in chosen.models:
-            words = [model, chosen.dataset, str(length)]
-            measured("epoch", words, chosen, ["--data_path", chosen.data_path])
+        for words in rows(chosen.dataset, length):
+            if words[0] in chosen.models:
+                measured("epoch", words, chosen, ["--data_path", chosen.data_path])
     body = render(chosen.dataset, chosen.lengths, chosen.device)
     write_page("epoch", chosen.device, f"An epoch of {chosen.dataset}", __doc__, body)
 
