@@ -1,12 +1,12 @@
 """Times whole layers side by side, prints a Markdown table.
 
-    OMP_WAIT_POLICY=passive python -m benchmarks.layers [--device cuda] [--threads 2] [--rounds 7] [--sizes 256x50 …]
+    OMP_WAIT_POLICY=passive python -m benchmarks.layers [--device cuda] [--threads 2] [--rounds 7] [--sizes 256x50 …] [--autocast]
 
 What is timed is a sublayer as it stands in a model, with its norm and its residual, forward and backward, without
 dropout: a Mamba or Mamba-2 block, SASRec's attention (four projections) on PyTorch's fused attention and as RecBole
 writes it, and ``nn.GRU`` of Mamba's inner width. d_model 64, d_inner 128, d_state 16, two heads of attention. Every row
 of a size is measured in turn in each round, so that what else the machine does falls on all of them, each time after a
-run that is not timed; medians over the rounds.
+run that is not timed; medians over the rounds. With --autocast the matrix products of all rows are in bfloat16.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def rows(batch: int, length: int, device: str) -> dict[str, tuple[nn.Module, tup
     return {name: (module.to(device), excluded) for name, (module, excluded) in table.items()}
 
 
-def measure(batch: int, length: int, device: str, rounds: int) -> dict[str, tuple[float, float]]:
+def measure(batch: int, length: int, device: str, rounds: int, half: bool = False) -> dict[str, tuple[float, float]]:
     """Name → median milliseconds of the forward pass, and of both passes."""
     table = rows(batch, length, device)
     x = torch.randn(batch, length, D_MODEL, device=device, requires_grad=True)
@@ -100,7 +100,8 @@ def measure(batch: int, length: int, device: str, rounds: int) -> dict[str, tupl
             with backend.excluding(*excluded) if excluded else nullcontext():
                 for timed in (False, True):  # the first takes its memory back from what ran before
                     start = now(device)
-                    y = module(x)
+                    with torch.autocast(device, torch.bfloat16, enabled=half):
+                        y = module(x)
                     middle = now(device)
                     torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
                     if timed:
@@ -119,6 +120,7 @@ def size(text: str) -> tuple[int, int]:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--autocast", action="store_true", help="matrix products of all rows in bfloat16")
     options.add_argument("--sizes", nargs="+", type=size, default=SIZES, metavar="BATCHxLENGTH")
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
@@ -128,7 +130,7 @@ def main() -> None:
         "| batch, length | sublayer | forward | forward + backward | times as fast: Mamba |\n|---|---|---:|---:|---:|"
     )
     for batch, length in chosen.sizes:
-        medians = measure(batch, length, chosen.device, chosen.rounds)
+        medians = measure(batch, length, chosen.device, chosen.rounds, chosen.autocast)
         scale = medians["Mamba"][1]
         for name, (forward, both) in medians.items():
             print(f"| {batch}, {length} | {name} | {forward:.1f} | {both:.1f} | {both / scale:.2f} |", flush=True)
