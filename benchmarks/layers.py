@@ -1,6 +1,6 @@
 """Times whole layers side by side, prints a Markdown table.
 
-    OMP_WAIT_POLICY=passive python -m benchmarks.layers [--device cuda] [--threads 2] [--rounds 7] [--sizes 256x50 …] [--autocast]
+    OMP_WAIT_POLICY=passive python -m benchmarks.layers [--device cuda] [--rounds 7] [--sizes 256x50 …] [--autocast]
 
 What is timed is a sublayer as it stands in a model, with its norm and its residual, forward and backward, without
 dropout: a Mamba or Mamba-2 block, SASRec's attention (four projections) on PyTorch's fused attention and as RecBole
