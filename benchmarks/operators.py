@@ -24,6 +24,7 @@ from torch import Tensor
 from benchmarks.cells import headline, now, parser
 from recbole_holo.ops import backend, bind, causal_conv1d, cross_entropy, selective_scan, state_space_dual
 from recbole_holo.ops.dropout import dropout
+from recbole_holo.ops.feed_forward import FeedForwardWeights, feed_forward
 
 SIZES = ((256, 50), (16, 2048))
 ITEMS, WIDTHS = 3417, (16, 32, 50, 64, 128, 256)
@@ -104,6 +105,18 @@ def operations(batch: int, length: int, device: str) -> Iterator[tuple[str, list
 
     forms = {"package": (nullcontext, lambda x: dropout(x, 0.2)), "PyTorch": (nullcontext, lambda x: F.dropout(x, 0.2))}
     yield "dropout, 64 channels", [draw(batch, length, 64)], forms
+
+    for gated, name in ((False, "feed-forward, GELU, 64 → 256"), (True, "feed-forward, gated, 64 → 128")):
+        weights = draw(256, 64) / 8, draw(64, 128 if gated else 256) / 8
+
+        def layer(x: Tensor, up: Tensor, down: Tensor, gated: bool = gated) -> Tensor:
+            return feed_forward(x, FeedForwardWeights(up, None, down, None), gated, p=0.2)
+
+        yield (
+            name,
+            [draw(batch, length, 64), *weights],
+            {"package": (nullcontext, layer), "PyTorch": (reference, layer)},
+        )
 
     targets = torch.randint(ITEMS, (batch * length,), device=device)
     forms = {

@@ -180,7 +180,8 @@ def working(tensor: Tensor) -> Tensor:
 
 def runs_native(tensor: Tensor) -> bool:
     """Whether the C++ kernels that only CPUs have (losses, dropout, feed-forward layers) run for ``tensor``."""
-    return tensor.device.type == "cpu" and _backend != "reference" and not native.problem()
+    wanted = tensor.device.type == "cpu" and _backend != "reference" and "native" not in _excluded
+    return wanted and not native.problem()
 
 
 def product_type(tensor: Tensor) -> torch.dtype:
