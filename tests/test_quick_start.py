@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,19 @@ def test_the_checkpoint_rebuilds_its_own_settings(
     assert (config["seed"], config["hidden_size"], config["MAX_ITEM_LIST_LENGTH"]) == (7, 16, 10)
 
 
+def test_resuming_with_other_epochs_warns_where_the_rate_depends_on_them(
+    cyclic_dataset: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logging.Logger, "warning", lambda self, text, *args: said.append(str(text)))
+    half = run("RecMamba", cyclic_dataset, config_dict={**tiny, "epochs": 1, "lr_scheduler": "onecycle"})["report"]
+    for settings, warned in (({"epochs": 1}, False), ({}, True), ({"epochs": 3, "lr_scheduler": None}, False)):
+        said.clear()
+        resumed = {**tiny, "epochs": 2, "lr_scheduler": "onecycle", "resume": half["checkpoint"], **settings}
+        run("RecMamba", cyclic_dataset, config_dict=resumed)
+        assert any("a run of 1" in text for text in said) is warned
+
+
 def test_a_checkpoint_cannot_name_a_pickle_to_load(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
     class Exploit:
         def __reduce__(self):
@@ -83,6 +97,7 @@ def test_a_checkpoint_cannot_name_a_pickle_to_load(cyclic_dataset: str, tiny: di
 @pytest.mark.parametrize("train_on", ["sequences", "prefixes"])
 def test_resumed_training_equals_undisturbed_training(train_on: str, cyclic_dataset: str, tiny: dict[str, Any]) -> None:
     settings = {**tiny, "train_on": train_on, "eval_step": 0, "item_attributes": ["genre"], "dropout_prob": 0.3}
+    settings["lr_scheduler"] = None  # a schedule goes over the run's epochs, and half a run is another one
     whole = run("HoloMambaRec", cyclic_dataset, config_dict={**settings, "epochs": 4})["report"]
     half = run("HoloMambaRec", cyclic_dataset, config_dict={**settings, "epochs": 2})["report"]
     rest = run("HoloMambaRec", cyclic_dataset, config_dict={**settings, "epochs": 4, "resume": half["checkpoint"]})

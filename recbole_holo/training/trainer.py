@@ -134,6 +134,12 @@ class SafeCheckpoints(Trainer):
         self.optimizer.load_state_dict(saved["optimizer"])
         self._resumed = saved.get("random_state")
         self.logger.info(f"resuming {resume_file} from epoch {self.start_epoch}")
+        planned = saved["config"].get("given", {}).get("epochs", self.epochs)
+        if self.schedule is not None and planned != self.epochs:
+            self.logger.warning(
+                f"epochs: {self.epochs}, but the checkpoint is of a run of {planned}: lr_scheduler goes over all "
+                f"epochs, so the learning rate jumps. To continue as planned use {planned}, or lr_scheduler: ~"
+            )
 
     def fit(self, train_data: Any, valid_data: Any = None, **kwargs: Any) -> tuple[float, dict[str, float] | None]:
         self._train_data = train_data
