@@ -6,10 +6,11 @@
 Every cell is a process of its own: a data set of random histories of one length over 5,000 items, and steps of the
 model's own trainer with 32,768 events a step, whatever the length. Width 64, two layers, BPR (one negative a target:
 RecBole's loss, and as cheap as RecMamba's authors' own, so that the layers are what is compared), dropout 0.2 (none
-inside SequenceSASRec's attention: fused attention knows none on a CPU). Whole-sequence models take a
-loss at every position; RecBole's SASRec and GRU4Rec are trained as RecBole trains them, on prefixes, one target a row,
-so that an epoch over the same targets takes them `length` times as many steps. Cells are kept in results/cells/lifelong
-and not measured again; a cell that does not fit into the memory is kept as such.
+inside SequenceSASRec's attention: fused attention knows none on a CPU). Whole-sequence models take a loss at every
+position; RecBole's SASRec and GRU4Rec are trained as RecBole trains them, on prefixes, one target a row, so that an
+epoch over the same targets takes them `length` times as many steps. Memory is what the tensors of a step take at most,
+parameters and batch excluded, as `--profile` counts it; a process has some 100 MB more. Cells are kept in
+results/cells/lifelong and not measured again; a cell that does not fit into the memory is kept as such.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.cells import RESULTS, cell_parser, kept, measured, now, peak_memory, write_page
+from benchmarks.cells import RESULTS, cell_parser, kept, measured, now, write_page
 from recbole_holo.bridge.config import Config
 from recbole_holo.quick_start import prepare
+from recbole_holo.tracing import CpuPeak, CudaPeak
 
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 EVENTS, ITEMS = 32768, 5000
@@ -76,9 +78,9 @@ def batches_of(train_data: Any, model: str, batch: int, length: int) -> list[Any
         return [b for b in train_data if b["item_id_list"].shape == (batch, length)]
     data = train_data._dataset  # RecBole's rows: one a prefix
     full = torch.nonzero(data.inter_feat["item_length"] == length).flatten()[:batch]
-    batch_of_prefixes = data[full]
-    batch_of_prefixes["neg_item_id"] = torch.randint(1, ITEMS, (len(full),))
-    return [batch_of_prefixes]
+    prefixes = data[full]
+    prefixes["neg_item_id"] = torch.randint(1, ITEMS, (len(full),))
+    return [prefixes]
 
 
 def cell(model: str, length: int, device: str, threads: int) -> dict[str, Any]:
@@ -100,21 +102,25 @@ def cell(model: str, length: int, device: str, threads: int) -> dict[str, Any]:
         }
         trainer, train_data, _, _ = prepare(Config(model, "lifelong", config_dict=settings))
         batches = batches_of(train_data, model, batch, length)
-    before, taken, began = peak_memory(device, reset=True), [], time.perf_counter()
-    for turn in range(ROUNDS + 1):
+    peak = (CudaPeak if device == "cuda" else CpuPeak)()
+    with peak:
+        peak.change(("step", "all"))
+        trainer._train_epoch(batches[:1], 0)  # warms up, too
+    taken, began = [], time.perf_counter()
+    for turn in range(ROUNDS):
         start = now(device)
         trainer._train_epoch([batches[turn % len(batches)]], 0)
         taken.append(now(device) - start)
         if time.perf_counter() - began > PATIENCE:
             break
-    seconds = statistics.median(taken[1:] or taken)  # the first warms up
+    seconds = statistics.median(taken)
     steps = 1 if model in WHOLE else length  # to have every event as a target
     return {
         "batch": batch,
         "seconds": seconds,
-        "bytes": peak_memory(device) - before,
+        "bytes": peak.peaks[("step", "all")],
         "microseconds_a_target": 1e6 * seconds * steps / (batch * length),
-        "steps_measured": max(len(taken) - 1, 1),
+        "steps_measured": len(taken),
     }
 
 

@@ -94,7 +94,7 @@ SPARSE_RUN = {
 
 
 def test_a_run_trains_with_sparse_gradients_and_resumes(cyclic_dataset, tiny):
-    settings = {**tiny, **SPARSE_RUN, "epochs": 3, "valid_metric": "NDCG@5"}
+    settings = {**tiny, **SPARSE_RUN, "epochs": 3, "valid_metric": "NDCG@5", "lr_scheduler": None}
     whole_run = run("Mamba4Rec", cyclic_dataset, config_dict=settings)
     first = run("Mamba4Rec", cyclic_dataset, config_dict={**settings, "epochs": 1})
     resumed = run("Mamba4Rec", cyclic_dataset, config_dict={**settings, "resume": first["report"]["checkpoint"]})
