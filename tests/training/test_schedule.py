@@ -65,7 +65,8 @@ def test_onecycle_is_pytorchs() -> None:
 
 
 def test_every_step_has_its_rate(cyclic_dataset: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {**tiny, "epochs": 3, "lr_scheduler": "cosine", "warmup_ratio": 0.2, "learning_rate": 0.01}
+    settings = {**tiny, "epochs": 3, "lr_scheduler": "cosine", "warmup_ratio": 0.2, "lr_final_ratio": 0.01}
+    settings["learning_rate"] = 0.01
     trainer, train, valid = trainer_and_data(cyclic_dataset, **settings)
     rates, step = [], trainer.optimizer.step
 
