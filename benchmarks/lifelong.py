@@ -25,9 +25,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from recbole.data.interaction import Interaction
 
 from benchmarks.cells import RESULTS, cell_parser, kept, measured, now, write_page
 from recbole_holo.bridge.config import Config
+from recbole_holo.data.batches import SequenceBatch
 from recbole_holo.quick_start import prepare
 from recbole_holo.tracing import CpuPeak, CudaPeak
 
@@ -72,15 +74,13 @@ def write_histories(folder: Path, users: int, length: int) -> None:
             file.writelines(f"u{user}\ti{item}\t{t}\n" for t, item in enumerate(history))
 
 
-def batches_of(train_data: Any, model: str, batch: int, length: int) -> list[Any]:
-    """Batches of full length, from the model's own loader or data set."""
+def full_batch(data: Any, model: str, batch: int, length: int) -> Interaction:
+    """A batch of full length from the rows of the training split: histories, or RecBole's prefixes."""
+    rows = data[torch.nonzero(data.inter_feat["item_length"] == length).flatten()[:batch]]
     if model in WHOLE:
-        return [b for b in train_data if b["item_id_list"].shape == (batch, length)]
-    data = train_data._dataset  # RecBole's rows: one a prefix
-    full = torch.nonzero(data.inter_feat["item_length"] == length).flatten()[:batch]
-    prefixes = data[full]
-    prefixes["neg_item_id"] = torch.randint(1, ITEMS, (len(full),))
-    return [prefixes]
+        return SequenceBatch(rows.interaction, batch * length, 1.0)
+    rows["neg_item_id"] = torch.randint(1, ITEMS, (batch,))
+    return rows
 
 
 def cell(model: str, length: int, device: str, threads: int) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def cell(model: str, length: int, device: str, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     batch = max(EVENTS // length, 1)
     with tempfile.TemporaryDirectory() as folder:
-        write_histories(Path(folder), 2 * batch, length)
+        write_histories(Path(folder), batch, length)
         settings = EQUAL | {
             "data_path": folder,
             "checkpoint_dir": folder,
@@ -101,15 +101,15 @@ def cell(model: str, length: int, device: str, threads: int) -> dict[str, Any]:
             "state": "ERROR",
         }
         trainer, train_data, _, _ = prepare(Config(model, "lifelong", config_dict=settings))
-        batches = batches_of(train_data, model, batch, length)
+        batches = [full_batch(train_data._dataset, model, batch, length)]
     peak = (CudaPeak if device == "cuda" else CpuPeak)()
     with peak:
         peak.change(("step", "all"))
-        trainer._train_epoch(batches[:1], 0)  # warms up, too
+        trainer._train_epoch(batches, 0)  # warms up, too
     taken, began = [], time.perf_counter()
-    for turn in range(ROUNDS):
+    for _ in range(ROUNDS):
         start = now(device)
-        trainer._train_epoch([batches[turn % len(batches)]], 0)
+        trainer._train_epoch(batches, 0)
         taken.append(now(device) - start)
         if time.perf_counter() - began > PATIENCE:
             break
