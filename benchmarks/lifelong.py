@@ -170,7 +170,7 @@ def plot(device: str, target: Path) -> None:
     from matplotlib import pyplot
 
     found = [c for c in cells(device) if "failed" not in c]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.6), layout="constrained")
     for axis, key, scale, label in (
         (axes[0], "seconds", 1, "seconds a step"),
         (axes[1], "bytes", 2**-20, "memory of a step, MiB"),
@@ -183,8 +183,7 @@ def plot(device: str, target: Path) -> None:
         axis.set_xticks(LENGTHS, [str(n) for n in LENGTHS])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(target, dpi=120)
 
 
