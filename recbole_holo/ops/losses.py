@@ -8,10 +8,14 @@ the pad.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_ROWS = 4096  # whose items' vectors exist at a time
 
 
 def info_nce(
@@ -140,6 +144,37 @@ def _pair_scores(
 ) -> tuple[Tensor, Tensor]:
     """Scores ``[M]`` of the target and of the negative of each row."""
     items = torch.stack([targets, negatives])  # [2, M]
-    scores = (hidden * _gather(items, item_vectors, cosine, sparse)).sum(-1)
+    if cosine:
+        scores = (hidden * _gather(items, item_vectors, cosine, sparse)).sum(-1)
+    else:
+        scores = RowScores.apply(hidden, items, item_vectors, sparse)
     positive, negative = scores if bias is None else scores + bias[items]
     return positive, negative
+
+
+class RowScores(torch.autograd.Function):
+    """``hidden [M, d]`` against the vectors of ``items [K, M]``: ``[K, M]``, without ever holding all these vectors."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, items: Tensor, item_vectors: Tensor, sparse: bool) -> Tensor:
+        ctx.sparse = sparse
+        ctx.save_for_backward(hidden, items, item_vectors)
+        parts = zip(hidden.split(_ROWS), items.split(_ROWS, 1), strict=True)
+        return torch.cat([(h * item_vectors[i]).sum(-1) for h, i in parts], 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gscores: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, items, table = ctx.saved_tensors
+        ghidden = torch.empty_like(hidden)
+        gtable = None if ctx.sparse else torch.zeros_like(table)
+        for first in range(0, len(hidden), _ROWS):
+            rows = slice(first, first + _ROWS)
+            weights, chosen = gscores[:, rows].unsqueeze(-1), items[:, rows]
+            ghidden[rows] = (weights * table[chosen]).sum(0)
+            if gtable is not None:
+                gtable.index_add_(0, chosen.flatten(), (weights * hidden[rows]).flatten(0, 1).to(table.dtype))
+        if gtable is None:
+            values = (gscores.unsqueeze(-1) * hidden).flatten(0, 1).to(table.dtype)
+            gtable = torch.sparse_coo_tensor(items.reshape(1, -1), values, table.shape, check_invariants=False)
+        return ghidden, None, gtable, None

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_holo.ops import bce, bpr, cross_entropy, info_nce, sample_negatives
+from recbole_holo.tracing import CpuPeak
 
 ROWS, ITEMS, WIDTH = 23, 31, 6
 
@@ -189,3 +190,29 @@ def test_negatives_never_equal_what_is_excluded():
 def test_no_negative_left():
     with pytest.raises(ValueError, match=r"n_items: 2 leaves no negative"):
         sample_negatives((3,), 2, "cpu", exclude=torch.ones(3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("loss", [bpr, bce])
+@pytest.mark.parametrize("rows", [1, 4095, 4097, 9000])
+def test_pairwise_losses_of_many_rows_equal_the_plain_form(loss, rows):
+    hidden, table = (torch.randn(n, WIDTH, dtype=torch.double, requires_grad=True) for n in (rows, ITEMS))
+    targets, negatives = torch.randint(1, ITEMS, (2, rows))
+    positive, negative = (hidden * table[targets]).sum(-1), (hidden * table[negatives]).sum(-1)
+    if loss is bpr:
+        expected = -torch.sigmoid(positive - negative).log().mean()
+    else:
+        expected = -(torch.sigmoid(positive).log() + torch.sigmoid(-negative).log()).mean()
+    same_gradients(loss(hidden, targets, negatives, table), expected, [hidden, table])
+
+
+@pytest.mark.parametrize("loss", [bpr, bce])
+def test_pairwise_losses_do_not_hold_what_they_gather(loss):
+    """Between the passes nothing as large as the hidden states but these; at the peak, their gradient and a chunk."""
+    rows, width = 40_000, 64
+    hidden, table = (torch.randn(n, width, requires_grad=True) for n in (rows, ITEMS))
+    targets, negatives = torch.randint(1, ITEMS, (2, rows))
+    peak = CpuPeak()
+    with peak:
+        peak.change(("step", "all"))
+        loss(hidden, targets, negatives, table).backward()
+    assert peak.peaks[("step", "all")] < 2 * hidden.nbytes
