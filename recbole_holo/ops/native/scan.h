@@ -8,8 +8,8 @@
 #pragma once
 #include "simd.h"
 
-#define STRETCH 32     // steps from one kept state to the next: what the backward pass computes again at a time
-#define STATES 4       // of them walk together in the backward pass: their history of one stretch stays in the L1 cache
+#define STRETCH 64     // steps from one kept state to the next: what the backward pass computes again at a time
+#define STATES 4       // of them walk together in the backward pass: their history of one stretch is as large as an L1 cache
 #define LN_2 0.69314718055994531f
 
 typedef struct {
