@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from recbole_holo.bridge import registry, resources
 from recbole_holo.bridge.config import Config
@@ -123,3 +124,12 @@ def test_a_model_whose_package_is_missing_says_which() -> None:
     except ModuleNotFoundError:
         with pytest.raises(ConfigError, match="lightgbm"):
             Config("LightGBM", "ml-100k")
+
+
+@pytest.mark.parametrize("model", list(registry.MODELS))
+def test_a_papers_setting_inherits_no_training_default_of_ours(model: str) -> None:
+    """It is read over the model's defaults, so what it does not name would stay ours."""
+    papers = yaml.safe_load(resources.properties("model", f"{model}_paper.yaml").read_text())
+    trained_by = {"learning_rate", "lr_scheduler", "learner", "weight_decay", "epochs", "train_batch_size", "loss_type"}
+    assert trained_by <= papers.keys()
+    assert papers["lr_scheduler"] is None
