@@ -6,8 +6,8 @@ Width 64, two layers, full softmax over all items, every event but a user's firs
 train as they ship (but for the loss, which is cross-entropy for all), on whole sequences, 3,200 positions a batch (16
 windows of 200, 64 of 50), windows overlapping by half; a row `disjoint, bf16` has windows that do not overlap and the
 factors of matrix products in bfloat16 (`window_stride`, `enable_amp`). RecBole's SASRec and GRU4Rec train as RecBole
-ships them, at the same width, on prefixes. Seconds of an epoch: the second of two, the first warms up. An
-epoch of RecBole's takes hours, so a few steps of it are measured and multiplied by its number of steps; all rows of an
+ships them, at the same width, on prefixes. Seconds of an epoch: the second of two, the first warms up. As one of
+RecBole takes up to hours, a few steps of it are measured and multiplied by its number of steps; all rows of an
 epoch are padded to one length, so that steps cost alike. Peak memory is that of the whole process. Evaluation is full
 ranking of all users on the validation split, metrics included.
 """

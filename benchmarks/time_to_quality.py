@@ -63,6 +63,8 @@ def first_reached(curve: list[tuple[float, float]], wanted: float) -> float | No
 def render(dataset: str, seed: int, device: str) -> str:
     found = {m: kept("time_to_quality", [m, dataset, str(seed)], device) for m in (*OURS, *RECBOLE)}
     curves = {m: one["curve"] for m, one in found.items() if one}
+    if REFERENCE not in curves:
+        return f"No table yet: its levels are parts of what {REFERENCE} reaches; run `--models {REFERENCE}`."
     best = max(value for _, value in curves[REFERENCE])
     heads = " | ".join(f"{part:.0%}: {part * best:.4f}" for part in PARTS)
     lines = [f"| model | {heads} | best in the budget | at |", "|---|" + "---:|" * (len(PARTS) + 2)]
