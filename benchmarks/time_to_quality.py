@@ -96,7 +96,7 @@ def plot(dataset: str, seed: int, device: str) -> None:
             axis.plot(*zip(*found["curve"], strict=True), marker=".", label=label)
     axis.set(xscale="log", xlabel="seconds of training", ylabel="validation NDCG@10", title=dataset)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left")
     figure.tight_layout()
     figure.savefig(RESULTS / f"time_to_quality-{dataset}-{device}.png", dpi=120)
 
