@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -76,10 +75,10 @@ def path_of(table: str, words: list[str], device: str) -> Path:
     return RESULTS / "cells" / table / device / f"{'-'.join(words)}.json"
 
 
-def write_page(table: str, device: str, title: str, doc: str | None, body: str) -> None:
-    """``results/<table>-<device>.md``: what was run, and the table."""
+def write_page(table: str, device: str, title: str, doc: str | None, body: str, given: str = "") -> None:
+    """``results/<table>-<device>.md``: what was run, with the options ``given``, and the table."""
     about = (doc or "").split("\n\n", 2)[2].strip()
-    text = f"# {title}\n\n    {COMMAND}{table}\n\n{about}\n\n{body}\n"
+    text = f"# {title}\n\n    {f'{COMMAND}{table} {given}'.rstrip()}\n\n{about}\n\n{body}\n"
     (RESULTS / f"{table}-{device}.md").write_text(text)
     print(body)
 
@@ -106,14 +105,10 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def peak_memory(device: str, reset: bool = False) -> int:
-    """Bytes: the highest use since the last reset, of this process or of the GPU's tensors."""
+def peak_memory(device: str) -> int:
+    """Bytes: the highest use so far, of this process or of the GPU's tensors."""
     if device == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
         return torch.cuda.max_memory_allocated()
-    if reset and os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))

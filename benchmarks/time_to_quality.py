@@ -116,7 +116,9 @@ def main() -> None:
         words = [model, chosen.dataset, str(chosen.seed)]
         measured("time_to_quality", words, chosen, ["--data_path", chosen.data_path, "--budget", str(chosen.budget)])
     title = f"Time to quality, {chosen.dataset}"
-    write_page("time_to_quality", chosen.device, title, __doc__, render(chosen.dataset, chosen.seed, chosen.device))
+    given = f"--dataset {chosen.dataset} --seed {chosen.seed} --threads {chosen.threads} --budget {chosen.budget:g}"
+    body = render(chosen.dataset, chosen.seed, chosen.device)
+    write_page("time_to_quality", chosen.device, title, __doc__, body, given)
     plot(chosen.dataset, chosen.seed, chosen.device)
 
 
