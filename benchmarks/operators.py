@@ -4,8 +4,8 @@
 
 Batch x length is 256 x 50 and 16 x 2048, the widths are those of our models, the loss is over 3,417 items. A form is
 named by what the package calls it; reference is the plain one that the others are tested against. Every form of an
-operation is measured in turn in each round, so that what else the machine does falls on all of them; milliseconds are
-medians over the rounds, after one to compile and warm up.
+operation is measured in turn in each round, so that what else the machine does falls on all of them, each time after a
+run that is not timed; milliseconds are medians over the rounds.
 """
 
 from __future__ import annotations
@@ -131,15 +131,16 @@ def measure(inputs: list[Tensor], forms: Forms, device: str, rounds: int) -> dic
     """Form → median milliseconds of the forward pass, and of both passes."""
     inputs = [t.requires_grad_() for t in inputs]
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in forms}
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         for name, (context, function) in forms.items():
-            with context():
-                start = now(device)
-                y = function(*inputs)
-                middle = now(device)
-                torch.autograd.grad(y, inputs, torch.ones_like(y))
-                if turn:
-                    times[name].append((middle - start, now(device) - start))
+            for timed in (False, True):  # once over what the form before it left in the caches and the heap
+                with context():
+                    start = now(device)
+                    y = function(*inputs)
+                    middle = now(device)
+                    torch.autograd.grad(y, inputs, torch.ones_like(y))
+                    if timed:
+                        times[name].append((middle - start, now(device) - start))
     medians = {name: [1e3 * statistics.median(t) for t in zip(*taken, strict=True)] for name, taken in times.items()}
     return {name: (forward, both) for name, (forward, both) in medians.items()}
 
