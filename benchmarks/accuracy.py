@@ -1,9 +1,19 @@
 """Accuracy tables, cell by cell: ``python -m benchmarks.accuracy TABLE [--data_path=dataset/] [--render]``.
 
-A table is a yaml file in ``benchmarks/tables``: rows (a model and its settings) × seeds on one data set and protocol.
-Every cell is a JSON file in ``results/cells/TABLE`` with its metrics, full configuration, versions, commit, machine and
-time; only the cells that are missing run, so a table can be stopped and continued, here or on another machine. The
-result is ``results/TABLE.md``: mean ± standard deviation over the seeds.
+A table is a yaml file in ``benchmarks/tables``: rows (a model and its settings) × seeds × data sets under one protocol.
+Every cell is a JSON file in ``results/cells/TABLE`` with its metrics, the rank of every test user's item, full
+configuration, versions, commit, machine and time; only the cells that are missing run, so a table can be stopped and
+continued, here or on another machine. The result is ``results/TABLE.md``, mean ± standard deviation over the seeds, and
+a plot.
+
+Keys of a table: ``title``, ``protocol``, ``dataset`` (or ``datasets``: name → settings), ``settings`` (of all cells),
+``seeds``, ``report`` (the test metrics shown), ``rows``: name → ``model``, ``settings``, ``config_files`` and
+``search``; ``baseline`` (a row that the others are compared with), ``notes``.
+
+**Tuning.** The values of a row's ``search`` (setting → list; all combinations) are tried with the table's
+``tuning_seed`` first, and the best ``valid_metric`` on *validation* is taken for all its seeds: the test split is not
+evaluated in these runs, so nothing of it can be chosen by. Rows that share a ``search`` may share one choice:
+``tuned_as: ROW``.
 
 Models are selected on validation where the table has one, and the last epoch is reported where it has none; the
 metrics shown are those of the test split, read once, at the end of a run.
@@ -14,67 +24,140 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
-import statistics
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
-from tabulate import tabulate
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent
-RESULTS = ROOT.parent / "results"
+from benchmarks.cells import RESULTS
+from benchmarks.rendering import packed, render
+
+TABLES = Path(__file__).resolve().parent / "tables"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table's file."""
+
+    name: str
+    content: dict[str, Any]
+
+    @classmethod
+    def load(cls, name: str) -> Table:
+        return cls(name, yaml.safe_load((TABLES / f"{name}.yaml").read_text(encoding="utf-8")))
+
+    @property
+    def datasets(self) -> dict[str, dict[str, Any]]:
+        """Name → its settings."""
+        return self.content.get("datasets") or {self.content["dataset"]: {}}
+
+    def cell(self, dataset: str, row: str, seed: int) -> Path:
+        return self._folder(dataset) / f"{row}-{seed}.json"
+
+    def trial(self, dataset: str, row: str, choice: dict[str, Any]) -> Path:
+        words = [f"{key}={value}" for key, value in choice.items()]
+        return self._folder(dataset) / "tuning" / row / f"{','.join(words)}.json"
+
+    def _folder(self, dataset: str) -> Path:
+        folder = RESULTS / "cells" / self.name
+        return folder / dataset if "datasets" in self.content else folder
+
+    def trials(self, dataset: str, row: str) -> dict[Path, dict[str, Any]]:
+        """File → settings of the runs that a row is tuned by."""
+        row = self.content["rows"][row].get("tuned_as", row)
+        search = self.content["rows"][row].get("search", {})
+        if not search:
+            return {}
+        choices = (dict(zip(search, values, strict=True)) for values in itertools.product(*search.values()))
+        return {self.trial(dataset, row, choice): choice for choice in choices}
+
+    def best(self, dataset: str, row: str) -> dict[str, Any]:
+        """The settings with the best validation score among the trials, of which none is missing."""
+        scores = {path: json.loads(path.read_text()) for path in self.trials(dataset, row)}
+        metric = self.content["settings"]["valid_metric"].lower()
+        if not scores:
+            return {}
+        return self.trials(dataset, row)[max(scores, key=lambda path: scores[path]["valid"][metric])]
 
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("table", choices=sorted(path.stem for path in (ROOT / "tables").glob("*.yaml")))
+    flags.add_argument("table", choices=sorted(path.stem for path in TABLES.glob("*.yaml")))
     flags.add_argument("--data_path", default="dataset/", help="folder of the data sets")
+    flags.add_argument("--datasets", nargs="*", default=None, help="only these data sets")
     flags.add_argument("--rows", nargs="*", default=None, help="only these rows")
     flags.add_argument("--seeds", nargs="*", type=int, default=None, help="only these seeds")
     flags.add_argument("--render", action="store_true", help="run nothing, write the table from the cells there are")
     args = flags.parse_args()
-    table = yaml.safe_load((ROOT / "tables" / f"{args.table}.yaml").read_text(encoding="utf-8"))
-    missing = [
-        (row, seed)
-        for seed in (args.seeds or table["seeds"])
-        for row in (args.rows or table["rows"])
-        if not cell_path(args.table, row, seed).exists()
-    ]
-    for row, seed in tqdm([] if args.render else missing, desc=args.table, unit="cell"):
-        run_cell(args.table, table, row, seed, os.path.abspath(args.data_path))
-        render(args.table, table)
-    print(render(args.table, table))
+    table = Table.load(args.table)
+    jobs = [] if args.render else missing(table, args.datasets, args.rows, args.seeds)
+    for dataset, row, seed, choice in tqdm(jobs, desc=args.table, unit="run"):
+        run_cell(table, dataset, row, seed, choice, os.path.abspath(args.data_path))
+        render(table)
+    print(render(table))
 
 
-def cell_path(name: str, row: str, seed: int) -> Path:
-    return RESULTS / "cells" / name / f"{row}-{seed}.json"
+Job = tuple[str, str, int, dict[str, Any] | None]  # data set, row, seed; of a trial, what it tries
 
 
-def run_cell(name: str, table: dict[str, Any], row: str, seed: int, data_path: str) -> None:
+def missing(
+    table: Table, datasets: list[str] | None = None, rows: list[str] | None = None, seeds: list[int] | None = None
+) -> list[Job]:
+    """What there is to run: the trials of a data set's rows, then its cells, seed by seed."""
+    for given, known in ((datasets, table.datasets), (rows, table.content["rows"])):
+        unknown = set(given or []) - set(known)
+        if unknown:
+            raise SystemExit(f"{table.name} has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+    jobs: list[Job] = []
+    for dataset in datasets or table.datasets:
+        wanted = rows or list(table.content["rows"])
+        tuned = dict.fromkeys(table.content["rows"][row].get("tuned_as", row) for row in wanted)
+        for row in tuned:
+            for path, choice in table.trials(dataset, row).items():
+                if not path.exists():
+                    jobs.append((dataset, row, table.content["tuning_seed"], choice))
+        for seed, row in itertools.product(seeds or table.content["seeds"], wanted):
+            if not table.cell(dataset, row, seed).exists():
+                jobs.append((dataset, row, seed, None))
+    return jobs
+
+
+def run_cell(
+    table: Table, dataset: str, row: str, seed: int, choice: dict[str, Any] | None, data_path: str
+) -> dict[str, Any]:
+    """Trains one cell, or with ``choice`` one trial, and writes its file."""
     from recbole_holo.quick_start import run
 
-    spec = table["rows"][row]
-    settings = {**table.get("settings", {}), **spec.get("settings", {}), "seed": seed, "data_path": data_path}
-    settings.update(state="ERROR", show_progress=False)
-    path = cell_path(name, row, seed)
+    spec, tuning = table.content["rows"][row], choice is not None
+    settings = {**table.content.get("settings", {}), **table.datasets[dataset], **spec.get("settings", {})}
+    settings.update(table.best(dataset, row) if choice is None else choice)
+    settings.update(seed=seed, data_path=data_path, state="ERROR", show_progress=False)
+    path = table.cell(dataset, row, seed) if choice is None else table.trial(dataset, row, choice)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, _inside(scratch), contextlib.redirect_stdout(io.StringIO()):
         result = run(
             spec["model"],
-            table["dataset"],
+            dataset,
             config_file_list=spec.get("config_files", []),
             config_dict=settings,
-            saved=table.get("select_on_validation", True),
+            saved=table.content.get("select_on_validation", True),
+            test=not tuning,
         )
     report = result["report"]
     report["config"].pop("data_path", None)
     report["checkpoint"] = None
+    if not tuning and result["test_ranks"] is not None:
+        report["ranks"] = packed(np.asarray(result["test_ranks"]))
     path.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
+    return report
 
 
 @contextlib.contextmanager
@@ -85,58 +168,6 @@ def _inside(folder: str) -> Iterator[None]:
         yield
     finally:
         os.chdir(before)
-
-
-def render(name: str, table: dict[str, Any]) -> str:
-    """Writes ``results/NAME.md`` from the cells there are and returns the table."""
-    lines, sources = [], set()
-    for row in table["rows"]:
-        cells = [json.loads(p.read_text()) for s in table["seeds"] if (p := cell_path(name, row, s)).exists()]
-        if not cells:
-            continue
-        spread = [_mean_and_deviation([cell["test"][metric] for cell in cells]) for metric in table["report"]]
-        seconds = statistics.median(cell["seconds_per_epoch"] for cell in cells)
-        lines.append(
-            [
-                row,
-                *spread,
-                f"{cells[0]['parameters']:,}",
-                f"{cells[0]['parameters_without_embeddings']:,}",
-                f"{seconds:.1f}",
-                len(cells),
-            ]
-        )
-        for c in cells:
-            packages = ", ".join(f"{k} {c['versions'][k]}" for k in ("recbole", "torch", "numba") if c["versions"][k])
-            sources.add(
-                f"{c['date'][:10]}; {c['device']}, {c['machine']}; {packages}; commit {_short(c['git_commit'])}"
-            )
-    head = ["model", *(f"test {m}" for m in table["report"]), "parameters", "without item tables", "s/epoch", "seeds"]
-    text = tabulate(lines, headers=head, tablefmt="github", disable_numparse=True)
-    document = f"# {table['title']}\n\n{table['protocol'].strip()}\n\n{text}\n\n"
-    document += f"Seeds {', '.join(map(str, table['seeds']))}; mean ± standard deviation over seeds. Reproduce with\n\n"
-    document += f"    python -m benchmarks.accuracy {name} --data_path=dataset/\n\n"
-    document += (
-        "Ran on: "
-        + " | ".join(sorted(sources))
-        + ". Seconds per epoch are of a shared machine: compare rows, not papers.\n"
-    )
-    if table.get("notes"):
-        document += f"\n{table['notes'].strip()}\n"
-    (RESULTS / f"{name}.md").write_text(document, encoding="utf-8")
-    return text
-
-
-def _short(commit: str | None) -> str:
-    """The start of a commit; ``+`` stays: files that git tracks were changed."""
-    if commit is None:
-        return "unknown (no checkout)"
-    return commit[:8] + ("+" if commit.endswith("+") else "")
-
-
-def _mean_and_deviation(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation}"
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def run(
     config_file_list: Files = None,
     config_dict: Mapping[str, Any] | None = None,
     saved: bool = True,
+    test: bool = True,
     nproc: int = 1,
     world_size: int = -1,
     ip: str = "localhost",
@@ -53,34 +54,37 @@ def run(
     Args:
         config_file_list: yaml files or preset names (``HoloMambaRec_paper``).
         saved: keep checkpoints, and report the best epoch's test metrics; otherwise the last epoch's.
+        test: evaluate the test split at the end; without it nothing of it is seen, as tuning must.
         argv: command line words ``--key=value``, which win over everything else.
 
     Returns:
-        ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result`` (RecBole's keys) and
-        ``report``: what the table at the end and the JSON file beside the checkpoint hold.
+        ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result`` (RecBole's keys);
+        ``test_ranks``: the rank of each test user's item, 0 = not within the largest of ``topk`` (an array ``[users]``,
+        None for a trainer of RecBole's own); ``report``: what the table at the end and the JSON file beside the
+        checkpoint hold.
     """
     settings = dict(config_dict or {})
     if nproc == 1 and world_size <= 1:
-        return _run(model, dataset, config_file_list, settings, saved, argv)
+        return _run(model, dataset, config_file_list, settings, saved, test, argv)
     _check_writable(Config(model, dataset, config_file_list, settings, argv))  # errors before processes start
     launch = {"nproc": nproc, "world_size": nproc if world_size == -1 else world_size}
     settings.update(launch, ip=ip, port=str(port), offset=group_offset)
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
     torch.multiprocessing.spawn(
-        _run_process, args=(model, dataset, config_file_list, settings, saved, list(argv), queue), nprocs=nproc
+        _run_process, args=(model, dataset, config_file_list, settings, saved, test, list(argv), queue), nprocs=nproc
     )
     return queue.get() if not queue.empty() else {}
 
 
-def _run_process(rank, model, dataset, config_file_list, settings, saved, argv, queue) -> None:
-    result = _run(model, dataset, config_file_list, {**settings, "local_rank": rank}, saved, argv)
+def _run_process(rank, model, dataset, config_file_list, settings, saved, test, argv, queue) -> None:
+    result = _run(model, dataset, config_file_list, {**settings, "local_rank": rank}, saved, test, argv)
     torch.distributed.destroy_process_group()
     if rank == 0:
         queue.put(result)
 
 
 @quiet_recbole()
-def _run(model, dataset, config_file_list, settings, saved, argv) -> dict[str, Any]:
+def _run(model, dataset, config_file_list, settings, saved, test, argv) -> dict[str, Any]:
     config = Config(model, dataset, config_file_list, settings, argv)
     trainer, train_data, valid_data, test_data = prepare(config)
     if config["resume"]:
@@ -88,12 +92,16 @@ def _run(model, dataset, config_file_list, settings, saved, argv) -> dict[str, A
     best_score, best_result = trainer.fit(
         train_data, valid_data, saved=saved, show_progress=bool(config["show_progress"])
     )
-    test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=bool(config["show_progress"]))
+    test_result = ranks = None
+    if test:
+        test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=bool(config["show_progress"]))
+        ranks = getattr(trainer.evaluator, "ranks", None)
     result = {
         "best_valid_score": best_score,
         "valid_score_bigger": config["valid_metric_bigger"],
         "best_valid_result": best_result,
         "test_result": test_result,
+        "test_ranks": ranks,
     }
     result["report"] = write_report(config, trainer.model, trainer, result, saved, _peak_memory(config))
     return result

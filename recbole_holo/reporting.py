@@ -18,6 +18,7 @@ from torch import nn
 from recbole_holo import __version__
 from recbole_holo.bridge import checkpoint
 from recbole_holo.bridge.compat import installed_version
+from recbole_holo.model.items import BoundItems
 from recbole_holo.ops import backend
 
 PACKAGES = ("recbole", "torch", "numpy", "pandas", "numba", "mamba-ssm", "causal-conv1d")
@@ -73,6 +74,7 @@ def write_report(
         "peak_memory_bytes": peak_memory,
         "device": str(config["device"]),
         "implementations": backend.report(),
+        "attributes": model.attribute_report() if isinstance(model, BoundItems) else {},
         "seed": config["seed"],
         "versions": versions(),
         "git_commit": git_commit(),
@@ -92,11 +94,10 @@ def write_report(
 
 def table(report: dict[str, Any]) -> str:
     """The report as two small tables: the metrics, and what they cost."""
-    metrics = list(report["test"] or {})
-    valid = report["valid"] or {}
+    test, valid = report["test"] or {}, report["valid"] or {}
     head = f"{report['model']} on {report['dataset']}, seed {report['seed']} ({report['reported_epoch']} epoch)"
     scores = tabulate(
-        [[m, valid.get(m, "-"), report["test"][m]] for m in metrics], headers=["metric", "validation", "test"]
+        [[m, valid.get(m, "-"), test.get(m, "-")] for m in test or valid], headers=["metric", "validation", "test"]
     )
     implementations = ", ".join(f"{op}: {name}" for op, name in sorted(report["implementations"].items()))
     seconds = report["seconds_per_epoch"]
@@ -110,4 +111,12 @@ def table(report: dict[str, Any]) -> str:
         ],
         tablefmt="plain",
     )
-    return f"\n{head}\n\n{scores}\n\n{costs}\n"
+    return "\n" + "\n\n".join(part for part in (head, scores, attributes(report), costs) if part) + "\n"
+
+
+def attributes(report: dict[str, Any]) -> str:
+    """What was learned of the weights of item attributes; empty for a model that binds none."""
+    rows = report.get("attributes") or {}
+    weights = list(next(iter(rows.values()), {}))
+    lines = [[name, *(f"{row[key]:.3f}" for key in weights)] for name, row in rows.items()]
+    return tabulate(lines, headers=["attribute", *weights], disable_numparse=True) if lines else ""

@@ -178,7 +178,8 @@ class Config(RecBoleConfig):
 
     def _add_attribute_columns(self, final: dict[str, Any]) -> None:
         names, columns = final.get("item_attributes"), final.get("load_col")
-        if not getattr(self.model_class, "uses_attributes", False):
+        reads = getattr(self.model_class, "uses_attributes", False)
+        if not reads and not (getattr(self.model_class, "binds_attributes", False) and final.get("binding")):
             final["item_attributes"] = []
         elif names and isinstance(columns, dict) and columns.get("item") != "*":
             wanted = [final.get("ITEM_ID_FIELD"), *(columns.get("item") or []), *names]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from recbole.utils.enum_type import FeatureType
+from scipy.stats import rankdata
 from torch import Tensor
 
 from recbole_holo.errors import DataError, nearest_names
@@ -27,12 +28,14 @@ class ItemAttribute:
             0 is the pad, the value of item 0 and of items without a value.
         n_values: number of value ids, the pad included.
         labels: readable name of each value id, ``labels[0] == "[PAD]"``.
+        position: of a number, its rank among the items that have one, from 0 to 1; -1 = no value; ``[n_items]``.
     """
 
     name: str
     index: Tensor
     n_values: int
     labels: list[str]
+    position: Tensor | None = None
 
 
 def item_attribute(dataset: Dataset, name: str, buckets: int = 10) -> ItemAttribute:
@@ -68,6 +71,19 @@ def item_attribute(dataset: Dataset, name: str, buckets: int = 10) -> ItemAttrib
     raise DataError(f"item_attributes: {name!r} is of type {ftype.value}; token, token_seq and float can be used.")
 
 
+def shuffled(attributes: dict[str, ItemAttribute], seed: int) -> dict[str, ItemAttribute]:
+    """Every item with all the attributes of another, drawn by ``seed``: the same values as often, saying nothing."""
+    n_items = len(next(iter(attributes.values())).index) if attributes else 1
+    other = torch.randperm(n_items - 1, generator=torch.Generator().manual_seed(seed or 0)) + 1
+    other = torch.cat([torch.zeros(1, dtype=torch.long), other])
+
+    def exchanged(one: ItemAttribute) -> ItemAttribute:
+        position = None if one.position is None else one.position[other]
+        return replace(one, index=one.index[other], position=position)
+
+    return {name: exchanged(one) for name, one in attributes.items()}
+
+
 def _bucketed(name: str, values: Tensor, missing: np.ndarray | None, buckets: int) -> ItemAttribute:
     value = values.reshape(len(values), -1)[:, 0].double().numpy()
     known = np.ones(len(value), dtype=bool) if missing is None else ~missing
@@ -79,4 +95,7 @@ def _bucketed(name: str, values: Tensor, missing: np.ndarray | None, buckets: in
     index = torch.from_numpy(np.where(known, bucket, 0)).long()
     bounds = ["-inf", *(f"{e:g}" for e in edges), "inf"]
     labels = ["[PAD]", *(f"{name} in [{lo}, {hi})" for lo, hi in pairwise(bounds))]
-    return ItemAttribute(name, index, len(labels), labels)
+    ranks = rankdata(value[known]) - 1
+    position = torch.full((len(value),), -1.0)
+    position[torch.from_numpy(known)] = torch.from_numpy(ranks / max(ranks.max(), 1)).float()
+    return ItemAttribute(name, index, len(labels), labels, position)

@@ -13,7 +13,7 @@ from scipy.sparse import spmatrix
 from torch import Tensor
 
 from recbole_holo.data import TARGETS_SUFFIX
-from recbole_holo.data.attributes import ItemAttribute, item_attribute
+from recbole_holo.data.attributes import ItemAttribute, item_attribute, shuffled
 from recbole_holo.data.repairs import RepairedDataset
 from recbole_holo.errors import ConfigError, DataError, nearest
 
@@ -124,6 +124,8 @@ class SequenceDataset(PrefixDataset):
         datasets = super().build()
         names, buckets = self.config["item_attributes"] or [], self.config["attribute_buckets"]
         attributes = {name: item_attribute(self, name, buckets) for name in names}
+        if self.config["attribute_shuffle"]:
+            attributes = shuffled(attributes, self.config["seed"])
         for name, attribute in attributes.items():
             without = int((attribute.index.reshape(self.item_num, -1)[1:] == 0).all(-1).sum())
             if without:

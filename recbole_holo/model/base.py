@@ -12,9 +12,11 @@ from recbole.utils import InputType
 from torch import Tensor, nn
 
 from recbole_holo.data import TARGETS_SUFFIX
-from recbole_holo.errors import ConfigError, nearest
+from recbole_holo.errors import ConfigError
 from recbole_holo.layers.carried import Carried
+from recbole_holo.model.items import BoundItems
 from recbole_holo.model.negatives import DISTRIBUTIONS, NegativeSampler, target_counts
+from recbole_holo.model.settings import one_of, positive_int
 from recbole_holo.ops import cross_entropy, losses
 
 LOSSES = ("CE", "BPR", "BCE", "InfoNCE", "SampledCE")
@@ -22,13 +24,14 @@ SIMILARITIES = ("dot", "cosine")
 PREFIX_GROUPS = 8  # parts of a batch of prefixes, each of nearly one length
 
 
-class SequenceRecommender(SequentialRecommender):
+class SequenceRecommender(BoundItems, SequentialRecommender):
     """A causal encoder of item sequences with one scoring rule and one loss at every position.
 
     A model gives two things, and nothing else is needed of it:
 
     * :meth:`encode`: ``item_seq [B, L]`` → hidden states ``[B, L, d]``; position ``t`` sees items ``0..t`` only;
-    * :meth:`item_vectors`: the table ``[n_items, d]`` that hidden states are scored against.
+    * :meth:`item_vectors`: the table ``[n_items, d]`` that hidden states are scored against; of a model that makes its
+      items by :meth:`make_items`, that is given.
 
     A model whose layers carry a state says so with ``carries_state = True`` and takes it as a second argument of
     ``encode``: it then reads a history in parts (:class:`~recbole_holo.layers.carried.Carried`,
@@ -47,14 +50,25 @@ class SequenceRecommender(SequentialRecommender):
     sparse (in training mode, for a lookup of any table of n_items rows and for the loss), so that a step costs what
     the items of its batch cost; an optimizer must know what to do with them (:mod:`recbole_holo.training.sparse`).
 
+    **Attributes.** A model that makes its items by :meth:`make_items` and reads them by :meth:`embed_items` has, where
+    the setting ``binding`` says so, items bound with their attributes
+    (:class:`~recbole_holo.layers.holographic.AttributeBinding`). In evaluation the bound vectors of all items are one
+    table, computed once. ``bind_output`` binds the table of :meth:`item_vectors` too, with the same attributes, so that
+    items without events of their own are scored by what is known of them: with ``cold_items: attributes`` the items
+    that never occur in training have no vector of their own, and no part in the loss.
+
     Config keys: ``loss_type`` (CE | BPR | BCE | InfoNCE | SampledCE), ``similarity`` (dot | cosine), ``temperature``
     (float), ``learn_temperature`` (bool), ``sparse_embedding`` (bool); of InfoNCE and SampledCE: ``num_negatives``
     (int), ``negative_distribution`` (uniform | popularity | in_batch | mixed), ``popularity_exponent`` (float),
-    ``logq_correction`` (bool, ~ = True for SampledCE and False for InfoNCE).
+    ``logq_correction`` (bool, ~ = True for SampledCE and False for InfoNCE). Of attributes: ``binding`` (~ | item |
+    role | both | triple | add | concat), ``binding_algebra`` (none | unitary), ``binding_scale`` (ortho | none),
+    ``binding_alpha`` (float), ``bind_output`` (bool), ``cold_items`` (train | attributes), ``attribute_values`` (mean |
+    first), ``attribute_floats`` (quantile | learned), ``attribute_range`` (float), ``attribute_size`` (int).
     """
 
     input_type = InputType.POINTWISE  # negatives, where a loss needs them, are drawn by the model
     carries_state = False  # whether encode takes what is carried from one part of a sequence to the next
+    binds_attributes = False  # whether it reads item attributes where the setting ``binding`` says how
     item_bias: Tensor | None = None
 
     def __init__(self, config, dataset) -> None:
@@ -71,6 +85,7 @@ class SequenceRecommender(SequentialRecommender):
             self.log_temperature = nn.Parameter(log_temperature)
         else:
             self.register_buffer("log_temperature", log_temperature, persistent=False)
+        self.find_trained_items(config, dataset)
         self.negative_sampler = (
             self._negative_sampler(config, dataset) if self.loss_type in ("InfoNCE", "SampledCE") else None
         )
@@ -95,17 +110,16 @@ class SequenceRecommender(SequentialRecommender):
         if not isinstance(exponent, (int, float)) or not 0 <= exponent <= 1:
             raise ConfigError("popularity_exponent", exponent, "use a number from 0 (uniform) to 1 (the frequencies)")
         counted = distribution == "popularity" or (distribution != "uniform" and corrected)
-        return NegativeSampler(
-            distribution,
-            positive_int("num_negatives", config["num_negatives"]),
-            self.n_items,
-            target_counts(dataset, self.ITEM_ID) if counted else None,
-            exponent,
-            corrected,
-        )
+        counts = target_counts(dataset, self.ITEM_ID) if counted else None
+        n_items = self.n_items
+        if self.trained_items is not None:
+            n_items, counts = len(self.trained_items), None if counts is None else counts[self.trained_items]
+        n_negatives = positive_int("num_negatives", config["num_negatives"])
+        return NegativeSampler(distribution, n_negatives, n_items, counts, exponent, corrected)
 
     def train(self, mode: bool = True) -> SequenceRecommender:
         """As of any module; the item tables' lookups get the kind of gradient that ``sparse_embedding`` says."""
+        self.unfold()
         for module in self.modules():
             if isinstance(module, nn.Embedding) and module.num_embeddings == self.n_items:
                 module.sparse = self.sparse_embedding
@@ -114,10 +128,6 @@ class SequenceRecommender(SequentialRecommender):
     # ------------------------------------------------------------------ what a model gives
     def encode(self, item_seq: Tensor) -> Tensor:
         """Hidden states at every position: ``item_seq [B, L]`` (0 = pad, on the right) → ``[B, L, d]``."""
-        raise NotImplementedError
-
-    def item_vectors(self) -> Tensor:
-        """The table ``[n_items, d]`` that hidden states are scored against."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ RecBole's interface
@@ -173,37 +183,39 @@ class SequenceRecommender(SequentialRecommender):
     def _query(self, hidden: Tensor) -> Tensor:
         return F.normalize(hidden, dim=-1) if self.cosine else hidden
 
-    def _table(self) -> Tensor:
-        table = self.item_vectors()
-        return F.normalize(table, dim=-1) if self.cosine else table
+    def _table(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.cosine else vectors
 
     def score_all(self, hidden: Tensor) -> Tensor:
         """Scores of every item: ``[B, d]`` → ``[B, n_items]``. The temperature is left out: it orders nothing."""
-        return F.linear(self._query(hidden), self._table(), self.item_bias)
+        return F.linear(self._query(hidden), self._table(self.item_vectors()), self.item_bias)
 
     def score_pairs(self, hidden: Tensor, items: Tensor) -> Tensor:
         """Score of one item a row: ``[B, d]``, ``[B]`` → ``[B]``."""
-        scores = (self._query(hidden) * self._table()[items]).sum(-1)
+        scores = (self._query(hidden) * self._table(self.item_vectors()[items])).sum(-1)
         return scores if self.item_bias is None else scores + self.item_bias[items]
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean loss over supervised positions: ``hidden [M, d]``, ``targets [M]`` → scalar."""
-        temperature, table = self.log_temperature.exp(), self.item_vectors()
+        temperature, table, bias = self.log_temperature.exp(), self.item_vectors(), self.item_bias
+        if self.trained_items is not None:  # nobody knows the others yet
+            table, targets = table.index_select(0, self.trained_items), self.trained_number[targets]
+            bias = None if bias is None else bias[self.trained_items]
         sparse = self.sparse_embedding and table.is_leaf  # where a table is computed, its gradient is passed on
         if targets.numel() == 0:  # with a gradient of the table, so that processes agree on what they average
             return (hidden.sum() + F.embedding(targets, table, sparse=sparse).sum()) * 0.0
         if self.negative_sampler is not None:
             negatives, log_counts = self.negative_sampler(targets)
             return losses.info_nce(
-                hidden, targets, table, negatives, self.item_bias, temperature, self.cosine, log_counts, sparse
+                hidden, targets, table, negatives, bias, temperature, self.cosine, log_counts, sparse
             )
         query = self._query(hidden) / temperature
         if self.loss_type == "CE":
             # The pad is never a target; as a rival it would train its row away from zero.
-            return cross_entropy(query, targets, self._table(), self.item_bias, exclude_pad=True)
-        negatives = losses.sample_negatives(targets.shape, self.n_items, targets.device, exclude=targets)
+            return cross_entropy(query, targets, self._table(table), bias, exclude_pad=True)
+        negatives = losses.sample_negatives(targets.shape, len(table), targets.device, exclude=targets)
         pairwise = losses.bpr if self.loss_type == "BPR" else losses.bce
-        return pairwise(query, targets, negatives, table, self.item_bias, self.cosine, sparse)
+        return pairwise(query, targets, negatives, table, bias, self.cosine, sparse)
 
 
 def positions_of(mask: Tensor, count: int | None) -> Tensor:
@@ -211,46 +223,3 @@ def positions_of(mask: Tensor, count: int | None) -> Tensor:
     up_to = mask.cumsum(0)
     count = int(up_to[-1]) if count is None else count
     return torch.searchsorted(up_to, torch.arange(1, count + 1, device=mask.device))
-
-
-def one_of(field: str, value: str, allowed: tuple[str, ...]) -> str:
-    """``value`` if it is allowed, else an error that names ``field``."""
-    if value not in allowed:
-        raise ConfigError(field, value, nearest(value, allowed))
-    return value
-
-
-def positive_int(field: str, value: int) -> int:
-    """``value`` if it is an integer above 0, else an error that names ``field``."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(field, value, "use an integer above 0")
-    return value
-
-
-def positive_number(field: str, value: float) -> float:
-    """``value`` if it is a number above 0, else an error that names ``field``."""
-    if not isinstance(value, (int, float)) or not value > 0:
-        raise ConfigError(field, value, "use a number above 0")
-    return float(value)
-
-
-def probability(field: str, value: float) -> float:
-    """``value`` if it is in [0, 1), else an error that names ``field``."""
-    if not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ConfigError(field, value, "use a number from 0 up to, not including, 1")
-    return float(value)
-
-
-def item_table(n_items: int, d: int, std: float | None) -> nn.Embedding:
-    """Item embeddings drawn from N(0, std²), or Xavier-normal where std is None; the row of the pad is zero.
-
-    No gradient ever reaches the pad row, so whatever is drawn over it would stay there.
-    """
-    table = nn.Embedding(n_items, d, padding_idx=0)
-    if std is None:
-        nn.init.xavier_normal_(table.weight)
-    else:
-        nn.init.normal_(table.weight, std=std)
-    with torch.no_grad():
-        table.weight[0].zero_()
-    return table

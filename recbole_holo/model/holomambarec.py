@@ -7,25 +7,27 @@ from torch import Tensor, nn
 
 from recbole_holo.layers import Dropout, Mamba
 from recbole_holo.layers.carried import Carried, through
-from recbole_holo.layers.holographic import AttributeEmbedding, HolographicBinding
 from recbole_holo.layers.prenorm import prenorm
-from recbole_holo.model.base import SequenceRecommender, item_table, positive_int, probability
+from recbole_holo.model.base import SequenceRecommender
+from recbole_holo.model.settings import positive_int, probability
 
 
 class HoloMambaRec(SequenceRecommender):
-    r"""``x_t = LayerNorm(e_item + α·(e_item ⊛ e_attr))``, then pre-norm residual Mamba blocks, then a linear head.
+    r"""``x_t = LayerNorm(e_item + Σ_m α_m·(e_item ⊛ e_attr,m))``, then pre-norm residual Mamba blocks, a linear head.
+
+    The paper binds one attribute (eq. 1); here any number of them, in this form or in another
+    (:class:`~recbole_holo.layers.holographic.AttributeBinding`). A data set without ``item_attributes`` trains the same
+    model without binding.
 
     Where the paper and its code leave a choice: the head is untied without bias in the code and may be tied here; the
     code draws embeddings from N(0, 1), which with the orthonormal convolution keeps the bound term at unit variance and
-    which a tied head cannot start from; dropout (none in the code) is ours. A data set without ``item_attributes``
-    trains the same model without binding.
+    which a tied head cannot start from; dropout (none in the code) is ours.
 
     Config keys: ``hidden_size``, ``num_layers``, ``d_state``, ``d_conv``, ``expand``, ``ssm_init``, ``dropout_prob``,
-    ``final_norm``, ``tie_weights``, ``initializer_range``, ``binding_scale`` (ortho | none), ``attribute_values``
-    (mean | first), ``bundle_roles``.
+    ``final_norm``, ``tie_weights``, ``initializer_range``, ``bundle_roles``, and those of attributes.
     """
 
-    uses_attributes = True
+    binds_attributes = True
     carries_state = True
 
     def __init__(self, config, dataset) -> None:
@@ -33,11 +35,8 @@ class HoloMambaRec(SequenceRecommender):
         d = positive_int("hidden_size", config["hidden_size"])
         layers = positive_int("num_layers", config["num_layers"])
         dropout = probability("dropout_prob", config["dropout_prob"])
-        attributes = list(dataset.item_attributes.values())[:1]  # one for now; more are bound in turn later
 
-        self.item_embedding = item_table(self.n_items, d, config["initializer_range"])
-        self.attributes = nn.ModuleList(AttributeEmbedding(a, d, config["attribute_values"]) for a in attributes)
-        self.binding = HolographicBinding(config["binding_scale"]) if attributes else None
+        self.make_items(config, dataset, d, config["initializer_range"], bool(config["tie_weights"]))
         if config["bundle_roles"]:
             # The authors allocate roles for temporal bundling and never train them; kept for equal parameter counts.
             self.bundle_roles = nn.Parameter(torch.randn(config["bundle_roles"], d))
@@ -45,23 +44,12 @@ class HoloMambaRec(SequenceRecommender):
         self.dropout = Dropout(dropout)
         self.layers = nn.ModuleList(PreNormMamba(config) for _ in range(layers))
         self.final_norm = nn.LayerNorm(d) if config["final_norm"] else nn.Identity()
-        self.head = None if config["tie_weights"] else nn.Linear(d, self.n_items, bias=False)
-
-    def embed(self, items: Tensor) -> Tensor:
-        """Item ids ``[...]`` → bound vectors ``[..., d]``."""
-        x = self.item_embedding(items)
-        if self.binding is None:
-            return x
-        return self.binding(x, self.attributes[0](items))
 
     def encode(self, item_seq: Tensor, carried: Carried | None = None) -> Tensor:
-        h = self.dropout(self.norm(self.embed(item_seq)))  # [B, L, d]
+        h = self.dropout(self.norm(self.embed_items(item_seq)))  # [B, L, d]
         for layer in self.layers:
             h = layer(h, carried)
         return self.final_norm(h)
-
-    def item_vectors(self) -> Tensor:
-        return self.item_embedding.weight if self.head is None else self.head.weight
 
 
 class PreNormMamba(nn.Module):

@@ -11,7 +11,8 @@ from recbole_holo.layers.carried import Carried, through
 from recbole_holo.layers.feed_forward import SwiGLU
 from recbole_holo.layers.prenorm import prenorm
 from recbole_holo.layers.rope import rotary
-from recbole_holo.model.base import SequenceRecommender, item_table, positive_int, positive_number, probability
+from recbole_holo.model.base import SequenceRecommender
+from recbole_holo.model.settings import positive_int, positive_number, probability
 
 
 class Hydra(SequenceRecommender):
@@ -40,27 +41,23 @@ class Hydra(SequenceRecommender):
     """
 
     carries_state = True
+    binds_attributes = True
 
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
         d = positive_int("hidden_size", config["hidden_size"])
 
-        self.item_embedding = item_table(
-            self.n_items, d, positive_number("initializer_range", config["initializer_range"])
-        )
+        self.make_items(config, dataset, d, positive_number("initializer_range", config["initializer_range"]))
         self.dropout = Dropout(probability("dropout_prob", config["dropout_prob"]))
         self.norm = nn.RMSNorm(d, eps=1e-6)
         self.layers = nn.ModuleList(HydraBlock(config) for _ in range(positive_int("num_layers", config["num_layers"])))
         self.final_norm = nn.RMSNorm(d, eps=1e-6) if config["final_norm"] else nn.Identity()
 
     def encode(self, item_seq: Tensor, carried: Carried | None = None) -> Tensor:
-        h = self.norm(self.dropout(self.item_embedding(item_seq)))  # [B, L, d]
+        h = self.norm(self.dropout(self.embed_items(item_seq)))  # [B, L, d]
         for layer in self.layers:
             h = layer(h, carried)
         return self.final_norm(h)
-
-    def item_vectors(self) -> Tensor:
-        return self.item_embedding.weight
 
 
 class HydraBlock(nn.Module):

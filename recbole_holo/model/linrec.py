@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from recbole_holo.errors import ConfigError
-from recbole_holo.model.base import one_of
 from recbole_holo.model.sequence_sasrec import SequenceSASRec
+from recbole_holo.model.settings import one_of
 from recbole_holo.ops.linear_attention import KEY_NORMS, linear_attention
 
 

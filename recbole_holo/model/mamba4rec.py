@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from recbole_holo.layers import Dropout, Mamba
 from recbole_holo.layers.carried import Carried, through
 from recbole_holo.layers.feed_forward import FeedForward
-from recbole_holo.model.base import SequenceRecommender, item_table, positive_int, positive_number, probability
+from recbole_holo.model.base import SequenceRecommender
+from recbole_holo.model.settings import positive_int, positive_number, probability
 
 
 class Mamba4Rec(SequenceRecommender):
@@ -23,14 +24,13 @@ class Mamba4Rec(SequenceRecommender):
     """
 
     carries_state = True
+    binds_attributes = True
 
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
         d = positive_int("hidden_size", config["hidden_size"])
 
-        self.item_embedding = item_table(
-            self.n_items, d, positive_number("initializer_range", config["initializer_range"])
-        )
+        self.make_items(config, dataset, d, positive_number("initializer_range", config["initializer_range"]))
         self.dropout = Dropout(probability("dropout_prob", config["dropout_prob"]))
         self.norm = nn.LayerNorm(d, eps=1e-12)
         self.layers = nn.ModuleList(
@@ -38,13 +38,10 @@ class Mamba4Rec(SequenceRecommender):
         )
 
     def encode(self, item_seq: Tensor, carried: Carried | None = None) -> Tensor:
-        h = self.norm(self.dropout(self.item_embedding(item_seq)))  # [B, L, d]
+        h = self.norm(self.dropout(self.embed_items(item_seq)))  # [B, L, d]
         for layer in self.layers:
             h = layer(h, carried)
         return h
-
-    def item_vectors(self) -> Tensor:
-        return self.item_embedding.weight
 
 
 class Mamba4RecLayer(nn.Module):

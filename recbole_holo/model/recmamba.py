@@ -12,7 +12,8 @@ from recbole_holo.layers import Dropout, Mamba
 from recbole_holo.layers.carried import Carried, through
 from recbole_holo.layers.feed_forward import FeedForward
 from recbole_holo.layers.prenorm import prenorm
-from recbole_holo.model.base import SequenceRecommender, item_table, one_of, positive_int, positive_number, probability
+from recbole_holo.model.base import SequenceRecommender
+from recbole_holo.model.settings import one_of, positive_int, positive_number, probability
 
 NORMS = ("none", "pre", "post")
 POSITIONS = ("none", "learned")
@@ -37,6 +38,7 @@ class RecMamba(SequenceRecommender):
     """
 
     carries_state = True
+    binds_attributes = True
 
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
@@ -44,7 +46,7 @@ class RecMamba(SequenceRecommender):
         xavier = one_of("embedding_init", config["embedding_init"], EMBEDDING_INITS) == "xavier"
         std = None if xavier else positive_number("initializer_range", config["initializer_range"])
 
-        self.item_embedding = item_table(self.n_items, d, std)
+        self.make_items(config, dataset, d, std)
         self.scale = d**0.5 if config["scale_embedding"] else 1.0
         self.position_embedding: nn.Parameter | None = None
         if one_of("position_embedding", config["position_embedding"], POSITIONS) == "learned":
@@ -61,7 +63,7 @@ class RecMamba(SequenceRecommender):
 
     def embed(self, item_seq: Tensor, start: int = 0) -> Tensor:
         """``[B, L]`` at positions ``start``… → ``[B, L, d]``."""
-        x = self.scale * self.item_embedding(item_seq)
+        x = self.scale * self.embed_items(item_seq)
         if self.position_embedding is None:
             return x
         end, rows = start + item_seq.shape[1], self.position_embedding.shape[0]
@@ -77,9 +79,6 @@ class RecMamba(SequenceRecommender):
         for layer in self.layers:
             h = layer(h, carried)
         return self.final_norm(h)
-
-    def item_vectors(self) -> Tensor:
-        return self.item_embedding.weight
 
 
 class RecMambaLayer(nn.Module):

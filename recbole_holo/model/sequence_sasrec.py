@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from recbole_holo.errors import ConfigError
 from recbole_holo.layers import Dropout
-from recbole_holo.model.base import SequenceRecommender, item_table, one_of, positive_int, positive_number, probability
+from recbole_holo.model.base import SequenceRecommender
+from recbole_holo.model.settings import one_of, positive_int, positive_number, probability
 from recbole_holo.ops.feed_forward import FeedForwardWeights, feed_forward
 
 NORMS = ("post", "pre")
@@ -47,6 +48,8 @@ class SequenceSASRec(SequenceRecommender):
     an error.
     """
 
+    binds_attributes = True
+
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
         d = positive_int("hidden_size", config["hidden_size"])
@@ -54,7 +57,7 @@ class SequenceSASRec(SequenceRecommender):
         eps = positive_number("layer_norm_eps", config["layer_norm_eps"])
         pre = one_of("norm", config["norm"], NORMS) == "pre"
 
-        self.item_embedding = item_table(self.n_items, d, std)
+        self.make_items(config, dataset, d, std)
         self.position_embedding = nn.Embedding(positive_int("MAX_ITEM_LIST_LENGTH", self.max_seq_length), d)
         self.LayerNorm = nn.LayerNorm(d, eps=eps)
         self.dropout = Dropout(probability("hidden_dropout_prob", config["hidden_dropout_prob"]))
@@ -84,16 +87,13 @@ class SequenceSASRec(SequenceRecommender):
         if length > self.max_seq_length:
             remedy = f"a sequence of {length} has positions beyond the learned table: raise it"
             raise ConfigError("MAX_ITEM_LIST_LENGTH", self.max_seq_length, remedy)
-        return self.item_embedding(item_seq) + self.position_embedding(torch.arange(length, device=item_seq.device))
+        return self.embed_items(item_seq) + self.position_embedding(torch.arange(length, device=item_seq.device))
 
     def encode(self, item_seq: Tensor) -> Tensor:
         valid = item_seq > 0
         h = self.dropout(self.LayerNorm(self.embed(item_seq)))  # [B, L, d]
         h = self.trm_encoder(h, lambda q, k, v: self.attend(q, k, v, valid))
         return self.final_norm(h)
-
-    def item_vectors(self) -> Tensor:
-        return self.item_embedding.weight
 
 
 class TransformerEncoder(nn.Module):

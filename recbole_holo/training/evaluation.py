@@ -167,8 +167,20 @@ FASTER: dict[str, Any] = {
 
 
 class ArrayEvaluator(Evaluator):
-    """RecBole's evaluator with :data:`FASTER` in the place of the metrics that loop over users."""
+    """RecBole's evaluator with :data:`FASTER` in the place of the metrics that loop over users.
+
+    Attributes:
+        ranks: of the last evaluation, each user's best rank of a positive, from 1; 0 = none within the largest of
+            ``topk``. None where no metric reads the top k.
+    """
+
+    ranks: np.ndarray | None = None
 
     def __init__(self, config) -> None:
         super().__init__(config)
         self.metric_class.update({name: FASTER[name](config) for name in self.metrics if name in FASTER})
+
+    def evaluate(self, dataobject: DataStruct) -> dict[str, float]:
+        hits = dataobject.get("rec.topk")[:, :-1].numpy() if "rec.topk" in dataobject else None
+        self.ranks = None if hits is None else np.where(hits.any(1), hits.argmax(1) + 1, 0)
+        return super().evaluate(dataobject)

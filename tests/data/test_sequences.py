@@ -21,7 +21,7 @@ from recbole_holo.bridge.config import Config
 from recbole_holo.data.loader import create_dataset, data_preparation
 from recbole_holo.data.sequences import training_windows
 from recbole_holo.errors import ConfigError, DataError
-from recbole_holo.layers.holographic import AttributeEmbedding
+from recbole_holo.layers.attributes import AttributeVectors
 
 LEAVE_ONE_OUT = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "full"}
 RATIO = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "TO", "group_by": "user", "mode": "full"}
@@ -336,9 +336,9 @@ def test_a_model_that_peeks_at_the_target_gets_nothing(cyclic_dataset: str, tiny
     history = next(iter(train))["item_id_list"][:1, :4]
     elsewhere = torch.tensor(sorted(set(range(1, model.n_items)) - set(history.flatten().tolist())))
     hidden = model.encode(history)
-    model.attributes[0].index[elsewhere] = 1  # what items outside the history are like
+    model.binding.attributes[0].index[elsewhere] = 1  # what items outside the history are like
     assert torch.equal(model.encode(history), hidden)
-    model.attributes[0].index[history] = 2
+    model.binding.attributes[0].index[history] = 2
     assert not torch.equal(model.encode(history), hidden)
 
 
@@ -358,14 +358,24 @@ def test_attribute_vectors(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
     _, data, train, _, _ = ours("HoloMambaRec", cyclic_dataset, **tiny, item_attributes=["genre", "tags"])
     genre, tags = train.dataset.item_attributes.values()
     items = torch.tensor([0, data.token2id("item_id", "i1")])
-    one = AttributeEmbedding(genre, 8)
+    one = AttributeVectors(genre, 8)
     assert not one(items)[0].any()
     assert torch.equal(one(items)[1], one.embedding.weight[genre.labels.index("g1")])
-    mean, first = AttributeEmbedding(tags, 8), AttributeEmbedding(tags, 8, values="first")
+    mean, first = AttributeVectors(tags, 8), AttributeVectors(tags, 8, values="first")
     a1, b1 = tags.labels.index("a1"), tags.labels.index("b1")
     torch.testing.assert_close(mean(items)[1], (mean.embedding.weight[a1] + mean.embedding.weight[b1]) / 2)
     assert torch.equal(first(items)[1], first.embedding.weight[a1])
     assert not mean(items)[0].any()
+
+
+def test_shuffled_attributes_keep_their_values_and_lose_their_items(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
+    settings = {**tiny, "item_attributes": ["genre", "tags"]}
+    plain = ours("HoloMambaRec", cyclic_dataset, **settings)[2].dataset.item_attributes
+    mixed = ours("HoloMambaRec", cyclic_dataset, **settings, attribute_shuffle=True)[2].dataset.item_attributes
+    pairs = [torch.cat([a["genre"].index.unsqueeze(1), a["tags"].index], 1) for a in (plain, mixed)]
+    assert not torch.equal(*pairs)
+    assert not pairs[1][0].any()
+    assert sorted(pairs[0].tolist()) == sorted(pairs[1].tolist())  # together from one item, each as often
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,153 @@
+"""The items of a model: their vectors, what their attributes add, and which of them are trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recbole_holo.errors import ConfigError
+from recbole_holo.layers.attributes import ATTRIBUTE_VALUES
+from recbole_holo.layers.holographic import ALGEBRAS, FLOATS, FORMS, WITHOUT_ITEM, AttributeBinding
+from recbole_holo.model.settings import one_of, positive_int, positive_number
+from recbole_holo.ops.circular_convolution import SCALES
+
+COLD_ITEMS = ("train", "attributes")
+ROWS = 2**16  # of a bound table that are computed at a time
+
+
+class BoundItems:
+    """What a model's items have in common: :class:`~recbole_holo.model.base.SequenceRecommender` says what for.
+
+    Attributes:
+        head: a table of its own to score against; None = the items'.
+        trained_items: the ids that take part in training, the pad first; None = all.
+        trained_number: of each id, its place among these.
+    """
+
+    n_items: int
+    register_buffer: Any
+    item_embedding: nn.Embedding
+    binding: AttributeBinding | None
+    head: nn.Linear | None
+    bind_output: bool
+    trained_items: Tensor | None
+    trained_number: Tensor
+
+    def make_items(self, config, dataset, d: int, std: float | None, tied: bool = True) -> None:
+        """The item table ``[n_items, d]`` drawn from N(0, std²), its attributes, and unless ``tied`` a head."""
+        self.item_embedding = item_table(self.n_items, d, std)
+        self.binding, self.head = None, None if tied else nn.Linear(d, self.n_items, bias=False)
+        attributes = list(getattr(dataset, "item_attributes", {}).values()) if config["binding"] else []
+        if attributes:
+            self.binding = attribute_binding(config, attributes, d, std or (2 / (self.n_items + d)) ** 0.5)
+        self.bind_output = bool(config["bind_output"]) and self.binding is not None
+        if self.trained_items is not None:
+            self._forget_cold_items(self.trained_items)
+
+    def find_trained_items(self, config, dataset) -> None:
+        """With ``cold_items: attributes``, which items occur in the training split, as input or as target."""
+        trained = number = None
+        if one_of("cold_items", config["cold_items"] or "train", COLD_ITEMS) == "attributes":
+            occurs = torch.from_numpy(dataset.inter_matrix("csr").getnnz(0)) > 0
+            occurs[0] = True
+            trained, number = occurs.nonzero().flatten(), torch.where(occurs, occurs.cumsum(0) - 1, 0)
+        # Both follow the data set, not the training: they stay out of checkpoints.
+        self.register_buffer("trained_items", trained, persistent=False)
+        self.register_buffer("trained_number", number, persistent=False)
+
+    def _forget_cold_items(self, trained_items: Tensor) -> None:
+        if not (self.bind_output and self.binding is not None and self.binding.form in WITHOUT_ITEM):
+            remedy = f"it needs item_attributes, bind_output: True and binding: {' or '.join(WITHOUT_ITEM)}"
+            raise ConfigError("cold_items", "attributes", remedy)
+        trained = torch.zeros(self.n_items, 1).index_fill_(0, trained_items, 1.0)
+        with torch.no_grad():
+            self.item_embedding.weight.mul_(trained)
+            if self.head is not None:
+                self.head.weight.mul_(trained)
+
+    def embed_items(self, items: Tensor) -> Tensor:
+        """Item ids ``[...]`` → the vectors that the encoder reads ``[..., d]``."""
+        if self.binding is None:
+            return self.item_embedding(items)
+        if torch.is_grad_enabled():
+            return self.binding(self.item_embedding(items), items)
+        return F.embedding(items, self._bound(self.item_embedding.weight))
+
+    def item_vectors(self) -> Tensor:
+        """The table ``[n_items, d]`` that hidden states are scored against."""
+        table = self.item_embedding.weight if self.head is None else self.head.weight
+        if not self.bind_output or self.binding is None:
+            return table
+        if torch.is_grad_enabled():
+            return self.binding(table, torch.arange(self.n_items, device=table.device))
+        return self._bound(table)
+
+    def _bound(self, table: Tensor) -> Tensor:
+        """``table`` bound with its items' attributes, kept until a parameter changes or the mode is set.
+
+        PyTorch's fused optimizers change parameters without counting it as a change, but only in training mode.
+        """
+        assert self.binding is not None
+        stamp: object = tuple((p.data_ptr(), p._version, p.device) for p in (table, *self.binding.parameters()))
+        folded: dict[str, tuple[object, Tensor]] = self.__dict__.setdefault("_folded", {})
+        name = "head" if self.head is not None and table is self.head.weight else "item"
+        if folded.get(name, (None,))[0] != stamp:
+            rows = torch.arange(len(table), device=table.device).split(ROWS)
+            folded[name] = stamp, torch.cat([self.binding(table[part], part) for part in rows])
+        return folded[name][1]
+
+    def unfold(self) -> None:
+        """Forgets the bound tables."""
+        self.__dict__.pop("_folded", None)
+
+    def attribute_report(self) -> dict[str, dict[str, float]]:
+        """Of each bound attribute its weights and its share of an item's vector; see
+        :meth:`~recbole_holo.layers.holographic.AttributeBinding.report`."""
+        if getattr(self, "binding", None) is None:
+            return {}
+        assert self.binding is not None
+        items = torch.arange(1, self.n_items, device=self.item_embedding.weight.device)
+        return self.binding.report(self.item_embedding.weight[1:], items)
+
+
+def attribute_binding(config, attributes: list, d: int, item_std: float) -> AttributeBinding:
+    """The binding that the settings ask for."""
+    form = one_of("binding", config["binding"], FORMS)
+    settings = {
+        "algebra": one_of("binding_algebra", config["binding_algebra"] or "none", ALGEBRAS),
+        "scale": one_of("binding_scale", config["binding_scale"] or "ortho", SCALES),
+        "values": one_of("attribute_values", config["attribute_values"] or "mean", ATTRIBUTE_VALUES),
+        "floats": one_of("attribute_floats", config["attribute_floats"] or "quantile", FLOATS),
+    }
+    alpha, std, width = (config[field] for field in ("binding_alpha", "attribute_range", "attribute_size"))
+    if form == "concat" and settings["algebra"] == "unitary":
+        raise ConfigError("binding_algebra", "unitary", "binding: concat binds nothing: use none, or another binding")
+    if alpha is None:
+        alpha = 0.5
+    if not isinstance(alpha, (int, float)):
+        raise ConfigError("binding_alpha", alpha, "use a number")
+    if std is not None:
+        std = positive_number("attribute_range", std)
+    if width is not None:
+        width = positive_int("attribute_size", width)
+        if form != "concat":
+            raise ConfigError("attribute_size", width, "only binding: concat has attributes of another width: use ~")
+    return AttributeBinding(attributes, d, item_std, form, alpha=float(alpha), std=std, width=width, **settings)
+
+
+def item_table(n_items: int, d: int, std: float | None) -> nn.Embedding:
+    """Item embeddings drawn from N(0, std²), or Xavier-normal where std is None; the row of the pad is zero.
+
+    No gradient ever reaches the pad row, so whatever is drawn over it would stay there.
+    """
+    table = nn.Embedding(n_items, d, padding_idx=0)
+    if std is None:
+        nn.init.xavier_normal_(table.weight)
+    else:
+        nn.init.normal_(table.weight, std=std)
+    with torch.no_grad():
+        table.weight[0].zero_()
+    return table

@@ -1,0 +1,105 @@
+"""The accuracy tables: what runs, what is chosen by, and what is said of a difference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from benchmarks import accuracy, rendering
+from benchmarks.accuracy import Table, missing, run_cell
+from benchmarks.rendering import by_user, difference, holm, packed, render, unpacked
+
+
+@pytest.fixture
+def table(tmp_path: Path, tiny: dict[str, Any], cyclic_dataset: str, monkeypatch: pytest.MonkeyPatch) -> Table:
+    settings = {**tiny, "epochs": 2, "metrics": ["Hit", "NDCG"], "topk": [5], "valid_metric": "NDCG@5"}
+    content = {
+        "title": "Tiny",
+        "protocol": "For the test.",
+        "datasets": {cyclic_dataset: {"item_attributes": ["genre"]}},
+        "settings": {key: value for key, value in settings.items() if key != "device"},
+        "seeds": [1, 2],
+        "tuning_seed": 7,
+        "report": ["hit@5", "ndcg@5"],
+        "baseline": "plain",
+        "plot": True,
+        "rows": {
+            "plain": {"model": "HoloMambaRec", "settings": {"binding": None}},
+            "bound": {"model": "HoloMambaRec", "search": {"learning_rate": [1e-9, 0.02]}},
+            "shuffled": {"model": "HoloMambaRec", "tuned_as": "bound", "settings": {"attribute_shuffle": True}},
+        },
+    }
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "tiny.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    monkeypatch.setattr(accuracy, "TABLES", tmp_path / "tables")
+    for module in (accuracy, rendering):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    return Table.load("tiny")
+
+
+def run_all(table: Table, count: int | None = None) -> None:
+    for dataset, row, seed, choice in missing(table)[:count]:
+        run_cell(table, dataset, row, seed, choice, str(Path("dataset").resolve()))
+
+
+def test_a_table_runs_what_is_missing_tunes_on_validation_and_renders(table: Table) -> None:
+    (dataset,) = table.datasets
+    jobs = missing(table)
+    assert len(jobs) == 2 + 6  # two trials, shared by two rows
+    run_all(table, 3)
+    assert missing(table) == jobs[3:]
+
+    trials = {path: json.loads(path.read_text()) for path in table.trials(dataset, "shuffled")}
+    assert all(trial["test"] is None and "ranks" not in trial and trial["seed"] == 7 for trial in trials.values())
+    by_rate = {trial["config"]["learning_rate"]: trial["valid"]["ndcg@5"] for trial in trials.values()}
+    assert by_rate[0.02] > by_rate[1e-9]
+    assert table.best(dataset, "shuffled") == {"learning_rate": 0.02}
+
+    run_all(table)
+    assert missing(table) == []
+    cell = json.loads(table.cell(dataset, "bound", 2).read_text())
+    assert cell["config"]["learning_rate"] == 0.02
+    assert cell["attributes"]["genre"]["alpha"]
+    for metric in table.content["report"]:
+        assert by_user(unpacked(cell["ranks"]), metric).mean() == pytest.approx(cell["test"][metric], abs=1e-4)
+
+    text = render(table)
+    assert text.count("\n") == 4
+    document = (rendering.RESULTS / "tiny.md").read_text()
+    assert "bound on" in document
+    assert "learning_rate 0.02" in document
+    assert (rendering.RESULTS / "tiny.png").stat().st_size > 1000
+
+
+def test_unknown_rows_are_named(table: Table) -> None:
+    with pytest.raises(SystemExit, match="tiny has no plane; it has plain, bound"):
+        missing(table, rows=["plane"])
+
+
+def test_ranks_are_packed_and_metrics_of_users_are_those_of_their_ranks() -> None:
+    ranks = np.array([0, 1, 2, 10, 11, 300])
+    assert unpacked(packed(ranks)).tolist() == [0, 1, 2, 10, 11, 255]
+    np.testing.assert_allclose(by_user(ranks, "hit@10"), [0, 1, 1, 1, 0, 0])
+    np.testing.assert_allclose(by_user(ranks, "ndcg@10"), [0, 1, 1 / np.log2(3), 1 / np.log2(11), 0, 0])
+    np.testing.assert_allclose(by_user(ranks, "mrr@2"), [0, 1, 0.5, 0, 0, 0])
+
+
+def test_a_difference_is_paired_over_users() -> None:
+    """Users differ far more than rows do: unpaired, the same difference would be nothing."""
+    generator = np.random.default_rng(0)
+    theirs = [generator.random(2000) for _ in range(3)]
+    ours = [values + 0.005 + 0.01 * generator.standard_normal(2000) for values in theirs]
+    delta, p = difference(ours, theirs)
+    assert delta == pytest.approx(0.005, abs=1e-3)
+    assert p < 1e-6
+    assert stats.ttest_ind(np.mean(ours, 0), np.mean(theirs, 0)).pvalue > 0.1
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
