@@ -6,6 +6,7 @@ Each has a plain reference, a fast CPU form and the fused CUDA kernel behind one
 
 from recbole_holo.ops.causal_conv1d import causal_conv1d
 from recbole_holo.ops.circular_convolution import bind, circular_convolution, circular_correlation, unbind, unitary
+from recbole_holo.ops.cleanup import cleanup
 from recbole_holo.ops.cross_entropy import cross_entropy
 from recbole_holo.ops.feed_forward import FeedForwardWeights, feed_forward
 from recbole_holo.ops.losses import bce, bpr, info_nce, sample_negatives
@@ -34,6 +35,7 @@ __all__ = [
     "causal_conv1d",
     "circular_convolution",
     "circular_correlation",
+    "cleanup",
     "cross_entropy",
     "feed_forward",
     "gated_rms_norm",
