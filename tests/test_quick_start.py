@@ -55,6 +55,24 @@ def test_train_report_reload(model: str, mode: str, cyclic_dataset: str, tiny: d
         assert full_sort_scores(users, net, test)[0, 0] == -np.inf
 
 
+@pytest.mark.parametrize("schedule", ["grow", "mixed"])
+def test_a_bundled_model_trains_reloads_and_runs_at_other_sizes(
+    schedule: str, cyclic_dataset: str, tiny: dict[str, Any]
+) -> None:
+    bundled = {"bundle_size": 4, "bundle_recent": 2, "bundle_schedule": schedule, "epochs": 8, "learning_rate": 0.02}
+    result = run("HoloMambaRec", cyclic_dataset, config_dict={**tiny, **bundled, "item_attributes": ["genre"]})
+    assert result["best_valid_result"]["hit@3"] > 0.3  # of twenty items in a walk
+    scores = {}
+    for size in (1, 2, 4):
+        config, net, _, train, _, test = load_data_and_model(result["report"]["checkpoint"], bundle_inference=size)
+        assert net.bundling.size == size
+        trainer = get_trainer_class(config)(config, net)
+        trainer.eval_collector.data_collect(train)
+        scores[size] = trainer.evaluate(test, load_best_model=False)
+    assert scores[4] == result["test_result"]
+    assert scores[1]["hit@3"] > 0.3
+
+
 def test_the_checkpoint_rebuilds_its_own_settings(
     cyclic_dataset: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

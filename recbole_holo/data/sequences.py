@@ -156,11 +156,14 @@ class SequenceDataset(PrefixDataset):
         following = torch.zeros(len(self._events), dtype=torch.long)
         following[target - 1] = self._events[self.iid_field][target]
 
-        stride = self.config["window_stride"] or max(self.max_item_list_len // 2, 1)
+        recent = recent_events(self.config)
+        stride = self.config["window_stride"] or recent or max(self.max_item_list_len // 2, 1)
         if self.config["train_windows"] == "last":
             stride = None
         users = self._events[self.uid_field].numpy()
-        start, end, first_target = training_windows(users, np.sort(target), self.max_item_list_len, stride)
+        start, end, first_target = training_windows(
+            users, np.sort(target), self.max_item_list_len, stride, latest_only=recent is not None
+        )
 
         windows = {field: values[torch.from_numpy(end)] for field, values in self._events.interaction.items()}
         windows[self.item_list_length_field] = torch.from_numpy(end - start)
@@ -243,7 +246,7 @@ def padded(values: Tensor, events: Tensor, valid: Tensor) -> Tensor:
 
 
 def training_windows(
-    users: np.ndarray, target: np.ndarray, max_len: int, stride: int | None
+    users: np.ndarray, target: np.ndarray, max_len: int, stride: int | None, latest_only: bool = False
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Windows over each user's events that make every target a target once.
 
@@ -252,6 +255,7 @@ def training_windows(
         target: event numbers of the targets, ascending.
         max_len: inputs of a window, at most.
         stride: new targets of each further window (from the last backwards); None = only the last window of a user.
+        latest_only: a user's earliest window, too, has its last ``stride`` targets only, and more windows those before.
 
     Returns:
         start, end, first_target: a window reads events ``start..end-1``; event ``t+1`` is a target after event ``t``
@@ -264,13 +268,32 @@ def training_windows(
     for first, end in zip(first_of_user[last_of_group].tolist(), target[last_of_group].tolist(), strict=True):
         while True:
             start = max(first, end - max_len)
-            if start == first or stride is None:
+            if stride is None or (end - stride <= first if latest_only else start == first):
                 windows.append((start, end, start + 1))
                 break
             windows.append((start, end, end - stride + 1))
             end -= stride
     start, end, first_target = np.array(windows, dtype=np.int64).reshape(-1, 3).T
     return start, end, first_target
+
+
+def recent_events(config) -> int | None:
+    """How many of the latest events are never bundled: ``bundle_recent``, ~ = a quarter of MAX_ITEM_LIST_LENGTH; None
+    without bundles.
+
+    Raises:
+        ConfigError: not an integer from 1 to MAX_ITEM_LIST_LENGTH.
+    """
+    if (config["bundle_size"] or 1) == 1:
+        return None
+    length, recent = config["MAX_ITEM_LIST_LENGTH"], config["bundle_recent"]
+    if recent is None:
+        return max(length // 4, 1)
+    if type(recent) is not int or not 1 <= recent <= length:
+        raise ConfigError(
+            "bundle_recent", recent, f"use a whole number from 1 to MAX_ITEM_LIST_LENGTH ({length}), or ~"
+        )
+    return recent
 
 
 def _check(config) -> None:
@@ -288,6 +311,12 @@ def _check(config) -> None:
         raise ConfigError(
             "window_stride", stride, f"use a whole number from 1 to MAX_ITEM_LIST_LENGTH ({length}), or ~"
         )
+    recent = recent_events(config)
+    if recent is not None and stride is not None and stride > recent:
+        remedy = (
+            f"only the latest {recent} events of a window (bundle_recent) have states of their own: use at most that"
+        )
+        raise ConfigError("window_stride", stride, remedy)
     if tokens is not None:
         if type(tokens) is not int or tokens < length:
             raise ConfigError(

@@ -69,6 +69,7 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
     input_type = InputType.POINTWISE  # negatives, where a loss needs them, are drawn by the model
     carries_state = False  # whether encode takes what is carried from one part of a sequence to the next
     binds_attributes = False  # whether it reads item attributes where the setting ``binding`` says how
+    bundles_events = False  # whether it knows the setting ``bundle_size``
     item_bias: Tensor | None = None
 
     def __init__(self, config, dataset) -> None:
@@ -94,6 +95,8 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
             if not self.carries_state:
                 remedy = f"{type(self).__name__} sees a whole history at once and carries no state: leave it at ~"
                 raise ConfigError("train_steps_at_once", config["train_steps_at_once"], remedy)
+        if (config["bundle_size"] or 1) != 1 and not self.bundles_events:
+            raise ConfigError("bundle_size", config["bundle_size"], f"{type(self).__name__} bundles no events: use 1")
         self.sparse_embedding = bool(config["sparse_embedding"])
         if self.sparse_embedding and self.loss_type == "CE":
             raise ConfigError(

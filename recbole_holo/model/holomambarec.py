@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from recbole_holo.layers import Dropout, Mamba
 from recbole_holo.layers.carried import Carried, through
 from recbole_holo.layers.prenorm import prenorm
-from recbole_holo.model.base import SequenceRecommender
 from recbole_holo.model.settings import positive_int, probability
+from recbole_holo.model.state_space import StateSpaceRecommender
 
 
-class HoloMambaRec(SequenceRecommender):
+class HoloMambaRec(StateSpaceRecommender):
     r"""``x_t = LayerNorm(e_item + Σ_m α_m·(e_item ⊛ e_attr,m))``, then pre-norm residual Mamba blocks, a linear head.
 
     The paper binds one attribute (eq. 1); here any number of them, in this form or in another
@@ -26,9 +26,6 @@ class HoloMambaRec(SequenceRecommender):
     Config keys: ``hidden_size``, ``num_layers``, ``d_state``, ``d_conv``, ``expand``, ``ssm_init``, ``dropout_prob``,
     ``final_norm``, ``tie_weights``, ``initializer_range``, ``bundle_roles``, and those of attributes.
     """
-
-    binds_attributes = True
-    carries_state = True
 
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
@@ -45,8 +42,8 @@ class HoloMambaRec(SequenceRecommender):
         self.layers = nn.ModuleList(PreNormMamba(config) for _ in range(layers))
         self.final_norm = nn.LayerNorm(d) if config["final_norm"] else nn.Identity()
 
-    def encode(self, item_seq: Tensor, carried: Carried | None = None) -> Tensor:
-        h = self.dropout(self.norm(self.embed_items(item_seq)))  # [B, L, d]
+    def encode_vectors(self, x: Tensor, carried: Carried | None = None) -> Tensor:
+        h = self.dropout(self.norm(x))  # [B, L, d]
         for layer in self.layers:
             h = layer(h, carried)
         return self.final_norm(h)

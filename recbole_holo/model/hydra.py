@@ -11,11 +11,11 @@ from recbole_holo.layers.carried import Carried, through
 from recbole_holo.layers.feed_forward import SwiGLU
 from recbole_holo.layers.prenorm import prenorm
 from recbole_holo.layers.rope import rotary
-from recbole_holo.model.base import SequenceRecommender
 from recbole_holo.model.settings import positive_int, positive_number, probability
+from recbole_holo.model.state_space import StateSpaceRecommender
 
 
-class Hydra(SequenceRecommender):
+class Hydra(StateSpaceRecommender):
     r"""``H¹ = RMSNorm(Dropout(E[ids]))``, then blocks of latent interaction and gated feed-forward, then a tied head.
 
     Every block splits one projection of its input into ``v`` latent heads of width ``d_c``, runs an independent
@@ -40,9 +40,6 @@ class Hydra(SequenceRecommender):
     (~ = 2·hidden_size), ``dropout_prob``, ``final_norm``, ``initializer_range``.
     """
 
-    carries_state = True
-    binds_attributes = True
-
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
         d = positive_int("hidden_size", config["hidden_size"])
@@ -53,8 +50,8 @@ class Hydra(SequenceRecommender):
         self.layers = nn.ModuleList(HydraBlock(config) for _ in range(positive_int("num_layers", config["num_layers"])))
         self.final_norm = nn.RMSNorm(d, eps=1e-6) if config["final_norm"] else nn.Identity()
 
-    def encode(self, item_seq: Tensor, carried: Carried | None = None) -> Tensor:
-        h = self.norm(self.dropout(self.embed_items(item_seq)))  # [B, L, d]
+    def encode_vectors(self, x: Tensor, carried: Carried | None = None) -> Tensor:
+        h = self.norm(self.dropout(x))  # [B, L, d]
         for layer in self.layers:
             h = layer(h, carried)
         return self.final_norm(h)

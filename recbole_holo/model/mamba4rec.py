@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from recbole_holo.layers import Dropout, Mamba
 from recbole_holo.layers.carried import Carried, through
 from recbole_holo.layers.feed_forward import FeedForward
-from recbole_holo.model.base import SequenceRecommender
 from recbole_holo.model.settings import positive_int, positive_number, probability
+from recbole_holo.model.state_space import StateSpaceRecommender
 
 
-class Mamba4Rec(SequenceRecommender):
+class Mamba4Rec(StateSpaceRecommender):
     r"""``H = LayerNorm(Dropout(E[ids]))``, then Mamba layers with post-norm feed-forward, then a tied dot product.
 
     Structure, sizes and norms are those of the published code. It then draws every Linear and Embedding weight from
@@ -22,9 +22,6 @@ class Mamba4Rec(SequenceRecommender):
     Config keys: ``hidden_size``, ``num_layers``, ``d_state``, ``d_conv``, ``expand``, ``ssm_init``, ``dropout_prob``,
     ``initializer_range``.
     """
-
-    carries_state = True
-    binds_attributes = True
 
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
@@ -37,8 +34,8 @@ class Mamba4Rec(SequenceRecommender):
             Mamba4RecLayer(config) for _ in range(positive_int("num_layers", config["num_layers"]))
         )
 
-    def encode(self, item_seq: Tensor, carried: Carried | None = None) -> Tensor:
-        h = self.norm(self.dropout(self.embed_items(item_seq)))  # [B, L, d]
+    def encode_vectors(self, x: Tensor, carried: Carried | None = None) -> Tensor:
+        h = self.norm(self.dropout(x))  # [B, L, d]
         for layer in self.layers:
             h = layer(h, carried)
         return h

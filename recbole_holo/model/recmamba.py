@@ -12,15 +12,15 @@ from recbole_holo.layers import Dropout, Mamba
 from recbole_holo.layers.carried import Carried, through
 from recbole_holo.layers.feed_forward import FeedForward
 from recbole_holo.layers.prenorm import prenorm
-from recbole_holo.model.base import SequenceRecommender
 from recbole_holo.model.settings import one_of, positive_int, positive_number, probability
+from recbole_holo.model.state_space import StateSpaceRecommender
 
 NORMS = ("none", "pre", "post")
 POSITIONS = ("none", "learned")
 EMBEDDING_INITS = ("normal", "xavier")
 
 
-class RecMamba(SequenceRecommender):
+class RecMamba(StateSpaceRecommender):
     r"""``x_t = Dropout(√d·E[i_t] + P[t])``, then Mamba layers, then a tied dot product.
 
     The authors' model is one bare Mamba: no residual, no norm, no feed-forward, and a learned position table
@@ -36,9 +36,6 @@ class RecMamba(SequenceRecommender):
     ``scale_embedding``, ``embedding_init`` (normal | xavier), ``initializer_range`` (normal), ``dropout_prob``,
     ``layer_dropout_prob``.
     """
-
-    carries_state = True
-    binds_attributes = True
 
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
@@ -61,12 +58,12 @@ class RecMamba(SequenceRecommender):
         )
         self.final_norm = nn.LayerNorm(d) if config["norm"] == "pre" else nn.Identity()
 
-    def embed(self, item_seq: Tensor, start: int = 0) -> Tensor:
-        """``[B, L]`` at positions ``start``… → ``[B, L, d]``."""
-        x = self.scale * self.embed_items(item_seq)
+    def embed(self, x: Tensor, start: int = 0) -> Tensor:
+        """``[B, L, d]`` at positions ``start``… → scaled, with positions."""
+        x = self.scale * x
         if self.position_embedding is None:
             return x
-        end, rows = start + item_seq.shape[1], self.position_embedding.shape[0]
+        end, rows = start + x.shape[1], self.position_embedding.shape[0]
         if end > rows:
             remedy = (
                 f"a sequence of {end} has positions beyond the learned table: raise it, or position_embedding: none"
@@ -74,8 +71,8 @@ class RecMamba(SequenceRecommender):
             raise ConfigError("MAX_ITEM_LIST_LENGTH", rows, remedy)
         return x + self.position_embedding[start:end]
 
-    def encode(self, item_seq: Tensor, carried: Carried | None = None) -> Tensor:
-        h = self.dropout(self.embed(item_seq, carried.position if carried else 0))  # [B, L, d]
+    def encode_vectors(self, x: Tensor, carried: Carried | None = None) -> Tensor:
+        h = self.dropout(self.embed(x, carried.position if carried else 0))  # [B, L, d]
         for layer in self.layers:
             h = layer(h, carried)
         return self.final_norm(h)

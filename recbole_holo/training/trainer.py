@@ -23,6 +23,7 @@ from recbole_holo.bridge.config import overridden
 from recbole_holo.data.batches import SequenceTrainLoader
 from recbole_holo.errors import ConfigError, NonFiniteLoss
 from recbole_holo.model.base import SequenceRecommender
+from recbole_holo.model.state_space import StateSpaceRecommender
 from recbole_holo.training import distributed
 from recbole_holo.training.evaluation import ArrayCollector, ArrayEvaluator
 from recbole_holo.training.graphs import EncoderGraphs, width_multiple
@@ -283,6 +284,9 @@ class HoloTrainer(SafeCheckpoints, Trainer):
         losses = torch.zeros(0, 1)  # of every step, on the device
         with self.graphs.replaying() if self.graphs is not None else nullcontext():
             for step, interaction in enumerate(shown):
+                if isinstance(self.model, StateSpaceRecommender):
+                    done = (epoch_idx + step / steps) / self.epochs
+                    self.model.set_progress(done, epoch_idx * steps + step)
                 if self.schedule is not None:
                     self._set_learning_rate(self.schedule.factor((epoch_idx + (step + 1) / steps) / self.epochs))
                 found = self._step(interaction.to(self.device), loss_func or self.model.calculate_loss, scaler)

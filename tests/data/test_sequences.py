@@ -137,6 +137,34 @@ def test_windows_cover_every_target_once(seed: int, max_len: int, stride: int | 
         assert seen == last
 
 
+@pytest.mark.parametrize(("max_len", "stride"), [(1, 1), (9, 2), (9, 9), (50, 7)])
+def test_windows_with_the_latest_targets_only(max_len: int, stride: int) -> None:
+    """Every target once, among the last of its window, with all the history there is room for before it."""
+    lengths = np.random.default_rng(0).integers(1, 40, size=12)
+    users, first = np.repeat(np.arange(12), lengths), np.r_[0, np.cumsum(lengths)[:-1]]
+    target = np.concatenate([np.arange(f + 1, f + n) for f, n in zip(first, lengths, strict=True)])
+    seen: Counter[int] = Counter()
+    windows = training_windows(users, target, max_len, stride, latest_only=True)
+    for start, end, first_target in zip(*windows, strict=True):
+        assert start == max(first[users[end]], end - max_len)
+        seen.update(range(max(first_target, end - stride + 1), end + 1))
+        assert first_target >= end - stride + 1 or first_target == start + 1 > end - stride
+    assert seen == Counter(target.tolist())
+
+
+def test_bundled_training_has_every_target_among_the_latest(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
+    settings = {**tiny, "bundle_size": 2, "bundle_recent": 3}
+    plain = sum(int((batch["item_id_target"] > 0).sum()) for batch in ours("RecMamba", cyclic_dataset, **tiny)[2])
+    found = 0
+    for batch in ours("RecMamba", cyclic_dataset, **settings)[2]:
+        behind = batch["item_length"].unsqueeze(1) - 1 - torch.arange(batch["item_id_list"].shape[1])
+        assert not batch["item_id_target"][behind >= 3].any()
+        found += int((batch["item_id_target"] > 0).sum())
+    assert found == plain
+    with pytest.raises(ConfigError, match=r"window_stride: 4.*only the latest 3 events"):
+        ours("RecMamba", cyclic_dataset, **settings, window_stride=4)
+
+
 def test_batches_are_padded_to_their_own_longest(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
     _, _, train, _, test = ours("RecMamba", cyclic_dataset, **tiny)
     for batch in [*train, *(b[0] for b in test)]:
