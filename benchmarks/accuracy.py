@@ -7,13 +7,13 @@ continued, here or on another machine. The result is ``results/TABLE.md``, mean 
 a plot.
 
 Keys of a table: ``title``, ``protocol``, ``dataset`` (or ``datasets``: name → settings), ``settings`` (of all cells),
-``seeds``, ``report`` (the test metrics shown), ``rows``: name → ``model``, ``settings``, ``config_files`` and
-``search``; ``baseline`` (a row that the others are compared with), ``notes``.
+``seeds``, ``report`` (the test metrics shown), ``rows``: name → ``model``, ``settings``, ``config_files``, ``search``
+and ``base``, a row whose model, settings and choice it starts from; ``baseline`` (a row that the others are compared
+with), ``plot``, ``notes``.
 
 **Tuning.** The values of a row's ``search`` (setting → list; all combinations) are tried with the table's
 ``tuning_seed`` first, and the best ``valid_metric`` on *validation* is taken for all its seeds: the test split is not
-evaluated in these runs, so nothing of it can be chosen by. Rows that share a ``search`` may share one choice:
-``tuned_as: ROW``.
+evaluated in these runs, so nothing of it can be chosen by.
 
 Models are selected on validation where the table has one, and the last epoch is reported where it has none; the
 metrics shown are those of the test split, read once, at the end of a run.
@@ -70,22 +70,38 @@ class Table:
         folder = RESULTS / "cells" / self.name
         return folder / dataset if "datasets" in self.content else folder
 
+    def lineage(self, row: str) -> list[str]:
+        """The rows that a row is based on, the first of them first, and itself."""
+        base = self.content["rows"][row].get("base")
+        return [*(self.lineage(base) if base else []), row]
+
+    def model(self, row: str) -> str:
+        return next(spec["model"] for one in self.lineage(row) if "model" in (spec := self.content["rows"][one]))
+
+    def config_files(self, row: str) -> list[str]:
+        return [file for one in self.lineage(row) for file in self.content["rows"][one].get("config_files", [])]
+
     def trials(self, dataset: str, row: str) -> dict[Path, dict[str, Any]]:
-        """File → settings of the runs that a row is tuned by."""
-        row = self.content["rows"][row].get("tuned_as", row)
-        search = self.content["rows"][row].get("search", {})
+        """File → what it tries, of the runs that a row is tuned by; none without a ``search``."""
+        search = self.content["rows"][row].get("search")
         if not search:
             return {}
         choices = (dict(zip(search, values, strict=True)) for values in itertools.product(*search.values()))
         return {self.trial(dataset, row, choice): choice for choice in choices}
 
     def best(self, dataset: str, row: str) -> dict[str, Any]:
-        """The settings with the best validation score among the trials, of which none is missing."""
-        scores = {path: json.loads(path.read_text()) for path in self.trials(dataset, row)}
-        metric = self.content["settings"]["valid_metric"].lower()
-        if not scores:
-            return {}
-        return self.trials(dataset, row)[max(scores, key=lambda path: scores[path]["valid"][metric])]
+        """The choice with the best validation score among a row's own trials, of which none is missing."""
+        trials, metric = self.trials(dataset, row), self.content["settings"]["valid_metric"].lower()
+        scores = {path: json.loads(path.read_text())["valid"][metric] for path in trials}
+        return trials[max(scores, key=lambda path: scores[path])] if trials else {}
+
+    def settings(self, dataset: str, row: str, choice: dict[str, Any] | None) -> dict[str, Any]:
+        """Of a cell or, with ``choice``, of a trial; a later row of the lineage overrules an earlier one."""
+        found = {**self.content.get("settings", {}), **self.datasets[dataset]}
+        for one in self.lineage(row):
+            found.update(self.content["rows"][one].get("settings", {}))
+            found.update(choice if one == row and choice is not None else self.best(dataset, one))
+        return found
 
 
 def main() -> None:
@@ -119,8 +135,7 @@ def missing(
     jobs: list[Job] = []
     for dataset in datasets or table.datasets:
         wanted = rows or list(table.content["rows"])
-        tuned = dict.fromkeys(table.content["rows"][row].get("tuned_as", row) for row in wanted)
-        for row in tuned:
+        for row in dict.fromkeys(one for name in wanted for one in table.lineage(name)):
             for path, choice in table.trials(dataset, row).items():
                 if not path.exists():
                     jobs.append((dataset, row, table.content["tuning_seed"], choice))
@@ -136,17 +151,16 @@ def run_cell(
     """Trains one cell, or with ``choice`` one trial, and writes its file."""
     from recbole_holo.quick_start import run
 
-    spec, tuning = table.content["rows"][row], choice is not None
-    settings = {**table.content.get("settings", {}), **table.datasets[dataset], **spec.get("settings", {})}
-    settings.update(table.best(dataset, row) if choice is None else choice)
+    tuning = choice is not None
+    settings = table.settings(dataset, row, choice)
     settings.update(seed=seed, data_path=data_path, state="ERROR", show_progress=False)
     path = table.cell(dataset, row, seed) if choice is None else table.trial(dataset, row, choice)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, _inside(scratch), contextlib.redirect_stdout(io.StringIO()):
         result = run(
-            spec["model"],
+            table.model(row),
             dataset,
-            config_file_list=spec.get("config_files", []),
+            config_file_list=table.config_files(row),
             config_dict=settings,
             saved=table.content.get("select_on_validation", True),
             test=not tuning,

@@ -32,7 +32,7 @@ def table(tmp_path: Path, tiny: dict[str, Any], cyclic_dataset: str, monkeypatch
         "rows": {
             "plain": {"model": "HoloMambaRec", "settings": {"binding": None}},
             "bound": {"model": "HoloMambaRec", "search": {"learning_rate": [1e-9, 0.02]}},
-            "shuffled": {"model": "HoloMambaRec", "tuned_as": "bound", "settings": {"attribute_shuffle": True}},
+            "shuffled": {"base": "bound", "settings": {"attribute_shuffle": True}},
         },
     }
     (tmp_path / "tables").mkdir()
@@ -51,15 +51,17 @@ def run_all(table: Table, count: int | None = None) -> None:
 def test_a_table_runs_what_is_missing_tunes_on_validation_and_renders(table: Table) -> None:
     (dataset,) = table.datasets
     jobs = missing(table)
-    assert len(jobs) == 2 + 6  # two trials, shared by two rows
+    assert len(jobs) == 2 + 6  # two trials, whose choice two rows have
     run_all(table, 3)
     assert missing(table) == jobs[3:]
 
-    trials = {path: json.loads(path.read_text()) for path in table.trials(dataset, "shuffled")}
+    trials = {path: json.loads(path.read_text()) for path in table.trials(dataset, "bound")}
     assert all(trial["test"] is None and "ranks" not in trial and trial["seed"] == 7 for trial in trials.values())
     by_rate = {trial["config"]["learning_rate"]: trial["valid"]["ndcg@5"] for trial in trials.values()}
     assert by_rate[0.02] > by_rate[1e-9]
-    assert table.best(dataset, "shuffled") == {"learning_rate": 0.02}
+    assert table.best(dataset, "bound") == {"learning_rate": 0.02}
+    assert table.settings(dataset, "shuffled", None)["learning_rate"] == 0.02
+    assert table.settings(dataset, "shuffled", None)["attribute_shuffle"]
 
     run_all(table)
     assert missing(table) == []
