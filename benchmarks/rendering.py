@@ -90,6 +90,9 @@ def render(table: Table) -> str:
     if content.get("plot") and any(found.values()):
         _plot(table, found)
         document += f"\n![{content['report'][-1]} by row]({table.name}.png)\n"
+    if content.get("curves") and any(found.values()):
+        _curves(table, found)
+        document += f"\n![Validation {content['settings']['valid_metric']} by epoch]({table.name}-curves.png)\n"
     if content.get("notes"):
         document += f"\n{content['notes'].strip()}\n"
     (RESULTS / f"{table.name}.md").write_text(document, encoding="utf-8")
@@ -157,11 +160,7 @@ def _mean_and_deviation(values: list[float]) -> str:
 
 def _plot(table: Table, found: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
     """A panel a data set: the last metric of each row, with the deviation over the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     metric = table.content["report"][-1]
     shown = [dataset for dataset in table.datasets if any(found[dataset, row] for row in table.content["rows"])]
     height = 1.2 + 0.3 * len(table.content["rows"])
@@ -179,3 +178,30 @@ def _plot(table: Table, found: dict[tuple[str, str], list[dict[str, Any]]]) -> N
         axis.grid(alpha=0.3)
     figure.savefig(RESULTS / f"{table.name}.png", dpi=110)
     pyplot.close(figure)
+
+
+def _curves(table: Table, found: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
+    """A panel a data set: validation by epoch, the mean over the seeds of each row."""
+    pyplot = _pyplot()
+    shown = [dataset for dataset in table.datasets if any(found[dataset, row] for row in table.content["rows"])]
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(5.5 * len(shown), 4), layout="constrained", squeeze=False)
+    for axis, dataset in zip(axes[0], shown, strict=True):
+        for row in table.content["rows"]:
+            curves = [cell["valid_scores"] for cell in found[dataset, row] if cell.get("valid_scores")]
+            if curves:
+                length = min(map(len, curves))
+                axis.plot(range(1, length + 1), np.mean([curve[:length] for curve in curves], 0), label=row)
+        axis.set(title=dataset, xlabel="epoch", ylabel=f"validation {table.content['settings']['valid_metric']}")
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center")
+    figure.savefig(RESULTS / f"{table.name}-curves.png", dpi=110)
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -65,6 +65,7 @@ def write_report(
         "model": config["model"],
         "dataset": config["dataset"],
         "valid": result["best_valid_result"],
+        "valid_scores": trainer.valid_scores,
         "test": result["test_result"],
         "reported_epoch": "best on validation" if saved and result["best_valid_result"] else "last",
         "epochs": len(seconds) or None,

@@ -51,6 +51,7 @@ class SafeCheckpoints(Trainer):
         self.saved_model_file = os.path.join(self.checkpoint_dir, unique)
         self._train_data: Any = None
         self._valid_result: dict[str, float] | None = None  # of the epoch that is being saved
+        self.valid_scores: list[float] = []  # of every validation since this trainer was made
         self._resumed: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------ saving and resuming
@@ -156,6 +157,7 @@ class SafeCheckpoints(Trainer):
     # ------------------------------------------------------------------ evaluation
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict[str, float]]:
         score, self._valid_result = super()._valid_epoch(valid_data, show_progress)
+        self.valid_scores.append(float(score))
         return score, self._valid_result
 
     @torch.no_grad()

@@ -29,6 +29,7 @@ def table(tmp_path: Path, tiny: dict[str, Any], cyclic_dataset: str, monkeypatch
         "report": ["hit@5", "ndcg@5"],
         "baseline": "plain",
         "plot": True,
+        "curves": True,
         "rows": {
             "plain": {"model": "HoloMambaRec", "settings": {"binding": None}},
             "bound": {"model": "HoloMambaRec", "search": {"learning_rate": [1e-9, 0.02]}},
@@ -76,7 +77,9 @@ def test_a_table_runs_what_is_missing_tunes_on_validation_and_renders(table: Tab
     document = (rendering.RESULTS / "tiny.md").read_text()
     assert "bound on" in document
     assert "learning_rate 0.02" in document
-    assert (rendering.RESULTS / "tiny.png").stat().st_size > 1000
+    assert len(cell["valid_scores"]) == 2
+    for name in ("tiny.png", "tiny-curves.png"):
+        assert (rendering.RESULTS / name).stat().st_size > 1000
 
 
 def test_unknown_rows_are_named(table: Table) -> None:
