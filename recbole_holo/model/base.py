@@ -86,6 +86,7 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
             self.log_temperature = nn.Parameter(log_temperature)
         else:
             self.register_buffer("log_temperature", log_temperature, persistent=False)
+        self.served = None
         self.find_trained_items(config, dataset)
         self.negative_sampler = (
             self._negative_sampler(config, dataset) if self.loss_type in ("InfoNCE", "SampledCE") else None
@@ -191,11 +192,14 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
 
     def score_all(self, hidden: Tensor) -> Tensor:
         """Scores of every item: ``[B, d]`` → ``[B, n_items]``. The temperature is left out: it orders nothing."""
+        if self.served is not None:
+            return self.served.scored.scores(self._query(hidden), self.item_bias)
         return F.linear(self._query(hidden), self._table(self.item_vectors()), self.item_bias)
 
     def score_pairs(self, hidden: Tensor, items: Tensor) -> Tensor:
         """Score of one item a row: ``[B, d]``, ``[B]`` → ``[B]``."""
-        scores = (self._query(hidden) * self._table(self.item_vectors()[items])).sum(-1)
+        vectors = self._table(self.item_vectors()[items]) if self.served is None else self.served.scored(items)
+        scores = (self._query(hidden) * vectors).sum(-1)
         return scores if self.item_bias is None else scores + self.item_bias[items]
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:

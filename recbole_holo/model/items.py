@@ -25,6 +25,7 @@ class BoundItems:
         head: a table of its own to score against; None = the items'.
         trained_items: the ids that take part in training, the pad first; None = all.
         trained_number: of each id, its place among these.
+        served: compressed tables in the place of all these (:mod:`recbole_holo.inference.compression`).
     """
 
     n_items: int
@@ -33,6 +34,7 @@ class BoundItems:
     binding: AttributeBinding | None
     head: nn.Linear | None
     bind_output: bool
+    served: Any
     trained_items: Tensor | None
     trained_number: Tensor
 
@@ -70,6 +72,8 @@ class BoundItems:
 
     def embed_items(self, items: Tensor) -> Tensor:
         """Item ids ``[...]`` → the vectors that the encoder reads ``[..., d]``."""
+        if self.served is not None:
+            return self.served.read(items)
         if self.binding is None:
             return self.item_embedding(items)
         if torch.is_grad_enabled():
@@ -78,6 +82,8 @@ class BoundItems:
 
     def item_vectors(self) -> Tensor:
         """The table ``[n_items, d]`` that hidden states are scored against."""
+        if self.served is not None:
+            return self.served.scored(torch.arange(self.n_items, device=self.served.scored.codes.device))
         table = self.item_embedding.weight if self.head is None else self.head.weight
         if not self.bind_output or self.binding is None:
             return table

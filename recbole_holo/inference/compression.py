@@ -1,0 +1,183 @@
+"""A trained model made small for serving: its tables, its weights, its states."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from recbole_holo.errors import ConfigError
+from recbole_holo.inference.tables import BITS, CompressedTable
+from recbole_holo.layers import Mamba
+from recbole_holo.ops.causal_conv1d import causal_conv1d
+
+CRITERIA = ("hankel", "energy")
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What a model is compressed to.
+
+    Args:
+        table_bits: of a number of the item tables, 4, 8, 16 or 32.
+        weight_bits: of a number of all matrices of the encoder; vectors (norms, biases, D) are kept in 16 at least.
+        rank: of the item tables; None = full.
+        states: of each channel of the Mamba-1 blocks, by ``criterion``; None = all. See :func:`truncate_states`.
+    """
+
+    table_bits: int = 8
+    weight_bits: int = 8
+    rank: int | None = None
+    states: int | None = None
+    criterion: str = "energy"
+
+    def __post_init__(self) -> None:
+        for field in ("table_bits", "weight_bits"):
+            if getattr(self, field) not in BITS:
+                raise ConfigError(field, getattr(self, field), f"use {', '.join(map(str, BITS))}")
+        if self.rank is not None and self.rank < 1:
+            raise ConfigError("rank", self.rank, "use an integer above 0, or None")
+
+
+class ServedItems(nn.Module):
+    """The tables of a compressed model: what the encoder reads, and what hidden states are scored against.
+
+    They are one where the model's are one. Attributes are folded in: a served model needs no ``.item`` file.
+    """
+
+    def __init__(self, read: Tensor, scored: Tensor, wanted: Compression, normalised: bool) -> None:
+        super().__init__()
+        same = read is scored and not normalised
+        scored = F.normalize(scored, dim=-1) if normalised else scored
+        self.read = CompressedTable(read, wanted.table_bits, wanted.rank)
+        self.scored = self.read if same else CompressedTable(scored, wanted.table_bits, wanted.rank)
+
+
+@torch.no_grad()
+def compress(model: Any, wanted: Compression, histories: Tensor | None = None) -> Any:
+    """A copy of a trained model of this package that scores as it does from fewer bytes, and cannot be trained.
+
+    The tables stay compressed in memory; the encoder's weights, which are few, are floats again when they are used, of
+    the values that their bits leave (:func:`stored_bytes` counts the bits).
+
+    Args:
+        histories: ``[B, L]``, pads on the right; what states are judged by, needed for ``wanted.states``.
+
+    Raises:
+        ConfigError: states of a model without Mamba-1 blocks, or without histories.
+    """
+    model = copy.deepcopy(model).eval()
+    read = model.embed_items(torch.arange(model.n_items, device=model.item_embedding.weight.device))
+    scored = model.item_vectors()
+    tied = model.head is None and (model.binding is None or model.bind_output)
+    served = ServedItems(read, read if tied else scored, wanted, model.cosine)
+    if wanted.states is not None:
+        if histories is None:
+            raise ConfigError("states", wanted.states, "histories say which to keep: pass some")
+        truncate_states(model, histories, wanted.states, wanted.criterion)
+    model.unfold()
+    model.item_embedding = nn.Embedding(1, 1)  # nothing reads it any more
+    model.binding = model.head = None
+    for parameter in model.parameters():
+        parameter.copy_(_rounded(parameter, wanted.weight_bits))
+        parameter.requires_grad_(False)
+    model.served, model.compression = served, wanted
+    return model
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of a model's tables and weights as stored: of a compressed one in its bits, else in their types."""
+    wanted: Compression | None = getattr(model, "compression", None)
+    if wanted is None:
+        return sum(p.numel() * p.element_size() for p in model.parameters())
+    served: ServedItems = model.served  # type: ignore[assignment]
+    tables = sum(b.numel() * b.element_size() for b in served.buffers())
+    weights = [p for name, p in model.named_parameters() if not name.startswith("item_embedding")]
+    return tables + sum(_bytes(p, wanted.weight_bits) for p in weights)
+
+
+def _as_matrix(parameter: Tensor) -> Tensor | None:
+    """``[rows, columns]`` of what is worth a scale a row; None for what is kept in 16 bits at least."""
+    return parameter.flatten(1) if parameter.dim() > 1 and parameter[0].numel() >= 16 else None
+
+
+def _rounded(parameter: Tensor, bits: int) -> Tensor:
+    matrix = _as_matrix(parameter)
+    if matrix is None:
+        return CompressedTable(parameter.reshape(1, -1), max(bits, 16))(torch.tensor([0])).view_as(parameter)
+    return CompressedTable(matrix, bits)(torch.arange(len(matrix), device=matrix.device)).view_as(parameter)
+
+
+def _bytes(parameter: Tensor, bits: int) -> int:
+    matrix = _as_matrix(parameter)
+    if matrix is None:
+        return parameter.numel() * max(bits, 16) // 8
+    return -(-parameter.numel() * bits // 8) + (2 * len(matrix) if bits < 16 else 0)
+
+
+# ---------------------------------------------------------------------- states
+@torch.no_grad()
+def truncate_states(model: nn.Module, histories: Tensor, keep: int, criterion: str = "energy") -> None:
+    """Leaves each Mamba-1 block of ``model`` the ``keep`` of its N states that matter most, in place.
+
+    State n of all channels of a block goes or stays: B and C are shared by the channels. ``energy`` is the mean square
+    of what a state adds to the block's outputs, ``E[(C_n h_n)²]``, over ``histories``. ``hankel`` is the singular value
+    of a state's own Hankel operator, had the block its mean step size, ``|B_n||C_n| Δ / (1 - exp(2ΔA_n))``, with root
+    mean squares of B and C over ``histories``: the states are decoupled, so balancing them is no more than ranking.
+
+    Args:
+        histories: ``[B, L]``, pads on the right.
+        keep: at least 1.
+
+    Raises:
+        ConfigError: no Mamba-1 block, or more states to keep than there are.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, Mamba)]
+    if not blocks:
+        raise ConfigError("states", keep, f"{type(model).__name__} has no Mamba-1 block, whose states are many")
+    if criterion not in CRITERIA:
+        raise ConfigError("criterion", criterion, f"use {' or '.join(CRITERIA)}")
+    if not 1 <= keep <= min(block.d_state for block in blocks):
+        raise ConfigError("states", keep, f"use 1 to {min(block.d_state for block in blocks)}")
+    seen: dict[Mamba, Tensor] = {}
+    hooks = [b.register_forward_hook(lambda b, given, _: seen.__setitem__(b, given[0])) for b in blocks]
+    model.encode(histories)  # type: ignore[operator]
+    for hook in hooks:
+        hook.remove()
+    for block in blocks:
+        worth = state_worth(block, seen[block], histories > 0, criterion)
+        _keep_states(block, worth.topk(keep).indices.sort().values)
+
+
+def state_worth(block: Mamba, hidden: Tensor, valid: Tensor, criterion: str) -> Tensor:
+    """Of each state of a block that reads ``hidden [B, L, d]``, where ``valid [B, L]``: ``[N]``."""
+    w = block._weights()
+    x = F.linear(hidden, w.in_proj_weight, w.in_proj_bias).chunk(2, -1)[0]
+    x = causal_conv1d(x.contiguous(), w.conv1d_weight, w.conv1d_bias, "silu")  # [B, L, D]
+    dt, B, C = F.linear(x, w.x_proj_weight).split([block.dt_rank, block.d_state, block.d_state], -1)
+    step = F.softplus(F.linear(dt, w.dt_proj_weight) + w.dt_proj_bias)  # [B, L, D]
+    if criterion == "hankel":
+        rate = step[valid].mean(0).unsqueeze(-1) * w.A  # [D, N]
+        size = B[valid].square().mean(0).sqrt() * C[valid].square().mean(0).sqrt()
+        gain = step[valid].mean(0).unsqueeze(-1) * x[valid].square().mean(0).sqrt().unsqueeze(-1)
+        return (size * gain / -torch.expm1(2 * rate)).square().sum(0).sqrt()
+    state, worth = x.new_zeros(len(x), x.shape[2], block.d_state), x.new_zeros(block.d_state)
+    for t in range(x.shape[1]):
+        now = step[:, t].unsqueeze(-1)  # [B, D, 1]
+        state = torch.exp(now * w.A) * state + now * x[:, t].unsqueeze(-1) * B[:, t].unsqueeze(1)
+        added = (state * C[:, t].unsqueeze(1)).square().sum(1)  # [B, N]
+        worth += added[valid[:, t]].sum(0)
+    return worth
+
+
+def _keep_states(block: Mamba, kept: Tensor) -> None:
+    rank, order = block.dt_rank, block.d_state
+    rows = torch.cat([torch.arange(rank, device=kept.device), rank + kept, rank + order + kept])
+    block.x_proj.weight = nn.Parameter(block.x_proj.weight[rows].clone())
+    block.x_proj.out_features = len(rows)
+    block.A_log = nn.Parameter(block.A_log[:, kept].clone())
+    block.d_state = len(kept)
