@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from recbole_holo.ops.circular_convolution import unitary
+
+Embed = Callable[[Tensor], Tensor]
+_EVENTS = 2**13  # whose vectors exist at a time
 
 
 class Layout(NamedTuple):
     """Where the positions of a batch of histories are among its tokens."""
 
     token_of: Tensor  # [B, L]: the token whose state is a position's; -1 = none yet
+
+    def select(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """States of positions ``[M]`` of the flattened batch, 0 to B·L - 1: ``[B, T, d]`` → ``[M, d]``.
+
+        Zero where there is none yet: any other would hold later events.
+        """
+        token = self.token_of.flatten()[positions]
+        row = positions.div(self.token_of.shape[1], rounding_mode="floor")
+        states = hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + token.clamp(min=0))
+        return states * (token >= 0).unsqueeze(-1)
 
     def spread(self, hidden: Tensor) -> Tensor:
         """States of the tokens ``[B, T, d]`` → of the positions ``[B, L, d]``; zero where there is none yet."""
@@ -52,34 +68,49 @@ class TemporalBundling(nn.Module):
     def extra_repr(self) -> str:
         return f"size={self.size}, recent={self.recent}"
 
-    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Layout | None]:
-        """Histories ``[B, L, d]`` of ``lengths [B]``, pads on the right → tokens ``[B, T, d]``, T ≤ L, and where the
-        positions are among them (None: where they were)."""
+    def forward(self, items: Tensor, lengths: Tensor, embed: Embed) -> tuple[Tensor, Layout | None]:
+        """Histories ``items [B, L]`` of ``lengths [B]``, pads on the right → tokens ``[B, T, d]``, T ≤ L, and where the
+        positions are among them (None: where they were). ``embed`` makes vectors ``[..., d]`` of ids ``[...]``."""
         size = self.training_size if self.training else self.size
-        length = x.shape[1]
+        length = items.shape[1]
         windows = max(length - self.recent, 0) // size
         if size == 1 or windows == 0:
-            return x, None
+            return embed(items), None
         bundled = (lengths - self.recent).clamp(min=0).div(size, rounding_mode="floor").unsqueeze(-1)  # [B, 1] windows
-        position = torch.arange(length, device=x.device)
+        position = torch.arange(length, device=items.device)
         recent_token = position - bundled * (size - 1)
         past_token = (position + 1).div(size, rounding_mode="floor") - 1
         # Of L events no history has more tokens than those whose last window just lacks an event.
-        token = torch.arange(min(windows + self.recent + size - 1, length), device=x.device)
+        token = torch.arange(min(windows + self.recent + size - 1, length), device=items.device)
         token_of = torch.where(position >= bundled * size, recent_token, past_token).clamp(max=len(token) - 1)  # [B, L]
 
-        source = torch.where(token < bundled, token, windows + token + bundled * (size - 1))  # [B, T]
-        source = source.clamp(max=windows + length - 1).unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        return torch.cat([self.bundles(x, size, windows), x], 1).gather(1, source), Layout(token_of)
+        is_bundle = token < bundled  # [B, T]
+        recent = items.gather(1, (token + bundled * (size - 1)).clamp(max=length - 1)).masked_fill(is_bundle, 0)
+        bundles = self.bundles(items[:, : windows * size].unflatten(1, (windows, size)), embed)
+        bundles = F.pad(bundles, (0, 0, 0, len(token) - windows))
+        return torch.where(is_bundle.unsqueeze(-1), bundles, embed(recent)), Layout(token_of)
 
-    def bundles(self, x: Tensor, size: int, windows: int) -> Tensor:
-        """The first windows of k events: ``[B, L, d]`` → ``[B, windows, d]``.
+    def bundles(self, items: Tensor, embed: Embed) -> Tensor:
+        """Windows of k events ``[..., k]`` → their superpositions ``[..., d]``.
 
         A bound role is a circulant matrix, so a window is one product with k of them: faster than transforms at the
-        widths of recommenders.
+        widths of recommenders. The events' vectors are made a part at a time, and made again for the gradient: of a
+        bundled history no more is kept than of one that is k times as short.
         """
-        d = x.shape[-1]
-        step = torch.arange(d, device=x.device)
+        d, size = self.roles.shape[1], items.shape[-1]
+        step = torch.arange(d, device=items.device)
         roles = unitary(self.roles[:size]).flip(0)  # in the order of the events
         circulants = roles[:, (step - step.unsqueeze(-1)) % d]  # [k, d, d]: x @ circulant = x ⊛ role
-        return x[:, : windows * size].unflatten(1, (windows, size)).flatten(-2) @ (circulants.flatten(0, 1) / size**0.5)
+        matrix = circulants.flatten(0, 1) / size**0.5
+
+        def superposed(part: Tensor, matrix: Tensor) -> Tensor:
+            return embed(part).flatten(-2) @ matrix
+
+        parts = items.flatten(0, -2).split(max(_EVENTS // size, 1))
+        if torch.is_grad_enabled():
+            made = [
+                checkpoint(superposed, part, matrix, use_reentrant=False, preserve_rng_state=False) for part in parts
+            ]
+        else:
+            made = [superposed(part, matrix) for part in parts]
+        return torch.cat(made).unflatten(0, items.shape[:-1])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from recbole_holo.data import TARGETS_SUFFIX
 from recbole_holo.errors import ConfigError
+from recbole_holo.layers.bundling import Layout
 from recbole_holo.layers.carried import Carried
 from recbole_holo.model.items import BoundItems
 from recbole_holo.model.negatives import DISTRIBUTIONS, NegativeSampler, target_counts
@@ -134,21 +135,31 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         """Hidden states at every position: ``item_seq [B, L]`` (0 = pad, on the right) → ``[B, L, d]``."""
         raise NotImplementedError
 
+    def states(self, item_seq: Tensor) -> tuple[Tensor, Layout | None]:
+        """The hidden states there are ``[B, T, d]``, and where the positions' are among them (None: in their places).
+
+        :meth:`encode` without the copies for positions that nobody asks for, where T is less than L.
+        """
+        return self.encode(item_seq), None
+
     # ------------------------------------------------------------------ RecBole's interface
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """The hidden state after the last item of each history: ``[B, L]``, ``[B]`` → ``[B, d]``."""
-        return self.gather_indexes(self.encode(item_seq), item_seq_len - 1)
+        hidden, layout = self.states(item_seq)
+        last = item_seq_len - 1
+        return self.gather_indexes(hidden, last if layout is None else layout.token_of.gather(1, last[:, None])[:, 0])
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
         item_seq = interaction[self.ITEM_SEQ]
         if self.ITEM_TARGETS in interaction:
             targets = interaction[self.ITEM_TARGETS].flatten()  # [B·L]
             n_targets = getattr(interaction, "n_targets", None)  # known to the loader of whole sequences
-            hidden = self.encode(item_seq).flatten(0, 1)  # [B·L, d]
-            if n_targets == len(targets):  # full windows: nothing to select, and no copy to keep
-                return self.loss(hidden, targets)
+            hidden, layout = self.states(item_seq)
+            if layout is None and n_targets == len(targets):  # full windows: nothing to select, and no copy to keep
+                return self.loss(hidden.flatten(0, 1), targets)
             where = positions_of(targets > 0, n_targets)
-            return self.loss(hidden.index_select(0, where), targets.index_select(0, where))
+            states = hidden.flatten(0, 1).index_select(0, where) if layout is None else layout.select(hidden, where)
+            return self.loss(states, targets.index_select(0, where))
         # Prefixes have all lengths, and a pad costs as much as an item: the loss of the rows, in order of length.
         lengths, order = interaction[self.ITEM_SEQ_LEN].sort()
         size = -(-len(order) // PREFIX_GROUPS)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from recbole_holo.data.sequences import recent_events
 from recbole_holo.errors import ConfigError
-from recbole_holo.layers.bundling import TemporalBundling
+from recbole_holo.layers.bundling import Layout, TemporalBundling
 from recbole_holo.layers.carried import Carried
 from recbole_holo.model.base import SequenceRecommender
 from recbole_holo.model.settings import one_of, positive_int
@@ -67,9 +67,13 @@ class StateSpaceRecommender(SequenceRecommender):
         raise NotImplementedError
 
     def encode(self, item_seq: Tensor, carried: Carried | None = None) -> Tensor:
-        x = self.embed_items(item_seq)  # [B, L, d]
-        if self.bundling is None or carried is not None:
-            return self.encode_vectors(x, carried)
-        tokens, layout = self.bundling(x, (item_seq > 0).sum(1))
-        hidden = self.encode_vectors(tokens)
+        if carried is not None:
+            return self.encode_vectors(self.embed_items(item_seq), carried)
+        hidden, layout = self.states(item_seq)
         return hidden if layout is None else layout.spread(hidden)
+
+    def states(self, item_seq: Tensor) -> tuple[Tensor, Layout | None]:
+        if self.bundling is None:
+            return self.encode_vectors(self.embed_items(item_seq)), None
+        tokens, layout = self.bundling(item_seq, (item_seq > 0).sum(1), self.embed_items)
+        return self.encode_vectors(tokens), layout

@@ -125,8 +125,8 @@ def _obstacle(config, model: nn.Module) -> str:
         return "batches must have one number of rows (train_on: sequences, train_batch_tokens: ~)"
     if config["train_steps_at_once"] is not None:
         return "train_steps_at_once runs a batch in parts"
-    if (config["bundle_schedule"] or "constant") != "constant" and (config["bundle_size"] or 1) > 1:
-        return "bundle_schedule changes the shapes of a batch"
+    if (config["bundle_size"] or 1) > 1:
+        return "bundled events are made again for the gradient, which a graph cannot hold"
     if config["sparse_embedding"]:
         return "sparse_embedding makes gradients that a graph cannot hold"
     if distributed.world()[1] > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_holo.layers.bundling import TemporalBundling
@@ -15,6 +16,14 @@ D = 6
 def make(largest: int = 3, recent: int = 4) -> TemporalBundling:
     torch.manual_seed(0)
     return TemporalBundling(D, largest, recent).double().eval()
+
+
+def numbered(x: Tensor, lengths: Tensor):
+    """Every event an item of its own: ids, lengths, and what makes vectors of ids."""
+    items = torch.arange(1, x.shape[0] * x.shape[1] + 1).view(x.shape[:2])
+    table = F.pad(x.flatten(0, 1), (0, 0, 1, 0))
+    items = items * (torch.arange(x.shape[1]) < lengths.unsqueeze(1))
+    return items, lengths, lambda ids: table[ids]
 
 
 def by_hand(bundling: TemporalBundling, x: Tensor, n: int) -> tuple[list[Tensor], list[int]]:
@@ -38,7 +47,7 @@ def test_tokens_and_layout_are_those_made_by_hand(size, recent):
     bundling, lengths = make(recent=recent), torch.tensor([17, 1, 4, 5, 7, 16, 9])
     bundling.size = size
     x = torch.randn(len(lengths), 17, D, dtype=torch.double)
-    tokens, layout = bundling(x, lengths)
+    tokens, layout = bundling(*numbered(x, lengths))
     for row, n in enumerate(lengths.tolist()):
         expected, token_of = by_hand(bundling, x[row], n)
         assert len(expected) <= tokens.shape[1]
@@ -46,19 +55,24 @@ def test_tokens_and_layout_are_those_made_by_hand(size, recent):
         if layout is not None:
             assert layout.token_of[row, :n].tolist() == token_of
             state = torch.arange(1.0, tokens.shape[1] + 1, dtype=torch.double)[None, :, None].expand(len(x), -1, D)
-            assert layout.spread(state)[row, :n, 0].tolist() == [token + 1 for token in token_of]
+            wanted = [token + 1 for token in token_of]
+            assert layout.spread(state)[row, :n, 0].tolist() == wanted
+            assert layout.select(state, row * 17 + torch.arange(n))[:, 0].tolist() == wanted
     assert (layout is None) == (size == 1 or recent >= 17)
 
 
 @pytest.mark.parametrize(("length", "size", "tokens"), [(2000, 4, 541), (2000, 8, 301), (200, 4, 91)])
 def test_an_encoder_reads_nearly_a_kth(length, size, tokens):
     bundling = TemporalBundling(D, size, 50).eval()
-    assert bundling(torch.randn(1, length, D), torch.tensor([length]))[0].shape[1] in range(tokens - size, tokens)
+    given = numbered(torch.randn(1, length, D), torch.tensor([length]))
+    assert bundling(*given)[0].shape[1] in range(tokens - size, tokens)
 
 
 def test_a_bundle_is_as_long_as_an_event():
     bundling = TemporalBundling(64, 8, 1)
-    bundles = bundling.bundles(torch.randn(50, 80, 64), 8, 10)
+    events = torch.randn(4000, 64)
+    bundles = bundling.bundles(torch.arange(4000).view(50, 10, 8), lambda ids: events[ids])
+    assert bundles.shape == (50, 10, 64)
     assert bundles.square().mean().sqrt().item() == pytest.approx(1, abs=0.03)
 
 
@@ -66,7 +80,7 @@ def test_bundled_events_can_be_told_apart():
     """Unbound with the role of its place, a bundle is nearest to the event that was there."""
     torch.manual_seed(0)
     bundling, events = TemporalBundling(512, 4, 1), torch.randn(40, 512)
-    (bundle,) = bundling.bundles(events[None, 8:12], 4, 1)[0]
+    (bundle,) = bundling.bundles(torch.arange(8, 12).unsqueeze(0), lambda ids: events[ids])
     for place, role in enumerate(unitary(bundling.roles)):
         found = torch.fft.irfft(torch.fft.rfft(bundle) * torch.fft.rfft(role).conj())
         assert (events @ found).argmax() == 11 - place
@@ -75,15 +89,31 @@ def test_bundled_events_can_be_told_apart():
 def test_gradients_are_right_and_stable_however_large_the_roles():
     bundling = make(largest=2, recent=2).train()
     x, lengths = torch.randn(2, 7, D, dtype=torch.double, requires_grad=True), torch.tensor([7, 5])
-    assert torch.autograd.gradcheck(lambda x, _: bundling(x, lengths)[0], (x, bundling.roles))
+    assert torch.autograd.gradcheck(lambda x, _: bundling(*numbered(x, lengths))[0], (x, bundling.roles))
     sizes = []
     for scale in (1e-3, 1.0, 1e3):
         roles = bundling.roles.detach() * scale
         bundling.roles.data = roles
         bundling.zero_grad()
-        tokens = bundling(x.detach(), lengths)[0]
+        tokens = bundling(*numbered(x.detach(), lengths))[0]
         (tokens * torch.linspace(-1, 1, D)).sum().backward()
         assert bundling.roles.grad.isfinite().all()
         sizes.append((bundling.roles.grad.norm() * scale).item())  # a direction's gradient, whatever the length
         bundling.roles.data = roles / scale
     assert sizes == pytest.approx([sizes[1]] * 3, rel=1e-6)
+
+
+def test_parts_change_nothing_and_nothing_is_kept_of_them(monkeypatch):
+    from recbole_holo.layers import bundling as module
+
+    bundling, table = make(largest=3, recent=1).train(), torch.randn(500, D, dtype=torch.double, requires_grad=True)
+    items = torch.randint(500, (4, 40, 3))
+    results, kept = [], []
+    for events in (10_000, 30):
+        monkeypatch.setattr(module, "_EVENTS", events)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            made = bundling.bundles(items, lambda ids: table[ids])
+        assert max(kept) <= max(D * D * 3, items.numel())  # ids and roles, no vectors of events
+        results.append((made, *torch.autograd.grad(made.square().sum(), (table, bundling.roles))))
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole)
