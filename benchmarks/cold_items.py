@@ -112,6 +112,8 @@ def cell(row: str, dataset: str, data_path: Path, seed: int) -> dict[str, Any]:
         settings: dict[str, Any] = {"data_path": scratch, "checkpoint_dir": f"{scratch}/saved", "seed": seed}
         settings |= {"state": "ERROR", "show_progress": False, "use_gpu": False, "train_batch_size": 64}
         settings |= {"user_inter_num_interval": "[3,inf)", "item_inter_num_interval": None, "keep_unseen_items": True}
+        # The columns are loaded whether a row reads them or not: all rows have the same catalogue.
+        settings["load_col"] = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", *ATTRIBUTES[dataset]]}
         settings |= {"item_attributes": ATTRIBUTES[dataset], "metrics": ["NDCG"], "topk": [10], **ROWS[row]}
         config_file = str(resources.dataset_config(dataset))
         result = run("HoloMambaRec", dataset, [config_file], settings, test=False)
