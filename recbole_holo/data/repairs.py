@@ -56,7 +56,7 @@ class RepairedDataset(Dataset):
 
     def _download_files(self) -> None:
         name, target = self.dataset_name, os.path.abspath(self.dataset_path)
-        where = f"Put {name}.inter (and, for attributes, {name}.item) into {target}/"
+        where = f"put {name}.inter (and, for attributes, {name}.item) into {target}/"
         url = self._get_download_url("url", allow_none=True)
         if url is None:
             known = yaml.safe_load(files("recbole").joinpath("properties/dataset/url.yaml").read_text("utf-8"))
@@ -68,14 +68,14 @@ class RepairedDataset(Dataset):
         half_done = tempfile.mkdtemp(prefix=f".{name}-", dir=os.path.dirname(target))
         try:
             if not decide_download(url):
-                raise DataError(f"dataset: the download of {name!r} was declined. {where}")
+                raise DataError(f"dataset: the download of {name!r} was declined; {where}")
             archive = download_url(url, half_done)
             extract_zip(archive, half_done)
             os.unlink(archive)
             rename_atomic_files(half_done, os.path.splitext(os.path.basename(archive))[0], name)
             os.rename(half_done, target)
         except OSError as error:  # URLError among them
-            raise DataError(f"dataset: {name!r} could not be downloaded ({error}). {where}") from error
+            raise DataError(f"dataset: {name!r} could not be downloaded ({error}); {where}") from error
         finally:
             shutil.rmtree(half_done, ignore_errors=True)
 

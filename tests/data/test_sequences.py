@@ -329,14 +329,14 @@ def test_bad_settings_name_the_field(field: str, value: Any, cyclic_dataset: str
 
 
 def test_missing_dataset_says_where_files_go(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"'ml-1n' is not on disk.*did you mean .*ml-1m.*Put ml-1n.inter"):
+    with pytest.raises(DataError, match=r"'ml-1n' is not on disk.*did you mean .*ml-1m.*put ml-1n.inter"):
         ours("RecMamba", "ml-1n", **tiny)
 
     def offline(*args: Any) -> bool:
         raise OSError("no network")
 
     monkeypatch.setattr("recbole_holo.data.repairs.decide_download", offline)
-    with pytest.raises(DataError, match=r"could not be downloaded \(no network\).*Put .*ml-20m.inter"):
+    with pytest.raises(DataError, match=r"could not be downloaded \(no network\).*put .*ml-20m.inter"):
         ours("RecMamba", "ml-20m", **tiny)
     assert os.listdir("dataset") == []  # no half-made folder that the next run would take for the data
 
