@@ -133,7 +133,8 @@ def test_rows_of_every_model(model: str, mode: str, cyclic_dataset: str, tiny: d
 @pytest.mark.parametrize(
     ("model", "settings", "names"),
     [
-        ("HoloMambaRec", {"num_layers": 2}, ["item_embedding", "attributes.0", "layers.0", "layers.1"]),
+        ("HoloMambaRec", {"num_layers": 2}, ["item_embedding", "binding", "layers.0", "layers.1"]),
+        ("Hydra", {"num_layers": 1, "bundle_size": 2, "bundle_recent": 2}, ["item_embedding", "bundling", "layers.0"]),
         ("SequenceSASRec", {"n_layers": 2}, ["position_embedding", "trm_encoder.layer.0", "trm_encoder.layer.1"]),
         ("SASRec", {"n_layers": 2}, ["position_embedding", "trm_encoder.layer.0", "trm_encoder.layer.1"]),
         ("GRU4Rec", {}, ["item_embedding", "gru_layers", "dense"]),
@@ -146,7 +147,9 @@ def test_every_layer_has_a_row_and_runs(
     rows = {row.name: row for row in profile(config, steps=1)}
     for name in names:
         row = rows[name]
-        assert min(row.parameters, row.forward_seconds, row.backward_seconds, row.score_seconds) > 0, name
+        assert min(row.parameters, row.forward_seconds, row.backward_seconds) > 0, name
+        folded = model == "HoloMambaRec" and name == "item_embedding"  # into the table of bound vectors
+        assert folded or row.score_seconds > 0, name
 
 
 # ---------------------------------------------------------------------- what is counted

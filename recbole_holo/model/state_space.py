@@ -67,13 +67,13 @@ class StateSpaceRecommender(SequenceRecommender):
         raise NotImplementedError
 
     def encode(self, item_seq: Tensor, carried: Carried | None = None) -> Tensor:
-        if carried is not None:
+        if self.bundling is None or carried is not None:
             return self.encode_vectors(self.embed_items(item_seq), carried)
         hidden, layout = self.states(item_seq)
         return hidden if layout is None else layout.spread(hidden)
 
     def states(self, item_seq: Tensor) -> tuple[Tensor, Layout | None]:
         if self.bundling is None:
-            return self.encode_vectors(self.embed_items(item_seq)), None
+            return super().states(item_seq)
         tokens, layout = self.bundling(item_seq, (item_seq > 0).sum(1), self.embed_items)
         return self.encode_vectors(tokens), layout

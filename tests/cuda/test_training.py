@@ -45,6 +45,28 @@ def test_no_step_waits_for_the_device(
 ) -> None:
     tiny.update(SETTINGS, enable_amp=amp, cuda_graphs=graphs, item_attributes=["genre"], ema_decay=0.9)
     trainer, train = trainer_and_data(cyclic_dataset, model, **tiny, clip_grad_norm={"max_norm": 1.0})
+    train_without_waiting(trainer, train)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"binding": "both", "binding_algebra": "unitary", "bind_output": True, "attribute_floats": "learned"},
+        {"binding": "role", "bind_output": True, "cold_items": "attributes", "loss_type": "BPR"},
+        {"bundle_size": 3, "bundle_recent": 4, "bundle_schedule": "mixed"},
+    ],
+    ids=["bound", "cold", "bundled"],
+)
+@pytest.mark.parametrize("model", ["HoloMambaRec", "Hydra", "RecMamba", "Mamba4Rec"])
+def test_metadata_and_bundles_do_not_wait(
+    model: str, settings: dict[str, Any], cyclic_dataset: str, tiny: dict[str, Any]
+) -> None:
+    tiny.update(SETTINGS, item_attributes=["genre", "tags", "price"])
+    trainer, train = trainer_and_data(cyclic_dataset, model, **{**tiny, **settings})
+    train_without_waiting(trainer, train)
+
+
+def train_without_waiting(trainer: HoloTrainer, train: Any) -> None:
     trainer.fit(train, saved=False, verbose=False)  # compiles, tunes and captures
     trainer.model.train()
     scaler = torch.amp.GradScaler("cuda", enabled=False)
