@@ -159,3 +159,21 @@ def test_learned_buckets_are_between_their_neighbours_and_follow_the_gradient():
     assert buckets.log_width.grad.abs() > 0
     made = AttributeBinding(attributes(), D, 1.0, "role", floats="learned")
     assert [type(vectors) is LearnedBuckets for vectors in made.attributes] == [False, False, True]
+
+
+@pytest.mark.parametrize("form", ["item", "role", "both", "triple", "add"])
+def test_gradients_of_unitary_weights_do_not_depend_on_the_length_of_parameters(form):
+    found = []
+    for scale in (1e-4, 1.0, 1e4):
+        binding = make(form, "unitary")
+        with torch.no_grad():
+            for vectors in binding.attributes:
+                vectors.embedding.weight.mul_(scale)
+            if hasattr(binding, "roles"):
+                binding.roles.mul_(scale)
+        torch.manual_seed(3)
+        binding(torch.randn(2, 3, D, dtype=torch.double), ITEMS).square().sum().backward()
+        found.append(binding.alpha.grad)
+        assert all(p.grad.isfinite().all() for p in binding.parameters())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found[2], found[1], rtol=1e-6, atol=1e-9)
