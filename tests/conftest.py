@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,16 @@ def _in_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """RecBole writes ./log and ./saved; every test gets a working directory of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["test"])
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """A run sets the level of the root logger, for the tests that follow, too."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
 
 
 @pytest.fixture
