@@ -13,8 +13,9 @@ a value, which makes σ² = (n+2)/d and leaves τ² = (n+1)/d.
 
 **A model.** Of every item of a data set: the attributes' values that unbinding its vector with each key gives, right if
 the first is one that the item has. Of a history, k events after one: the item and the values of that event, read from
-the state of the encoder's first layer by the linear map to the bound vector that fits best on half of the users, then
-unbound; measured on the other half. An attribute's *prior* is how often its commonest value would be right.
+the state of the scan of the encoder's first layer by the linear map to the bound vector that fits best on half of the
+users, then unbound; measured on the other half. (The layer also keeps the last three inputs of its convolution, from
+which these three are read without a mistake.) An attribute's *prior* is how often its commonest value would be right.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ WIDTHS = (32, 64, 128, 256, 512, 1024)
 PAIRS = (1, 2, 4, 8, 16, 32, 64)
 ALGEBRAS = ("none", "unitary")
 VALUES, READINGS = 1000, 4096
-BEHIND = (0, 1, 2, 5, 10, 20, 40)  # events after the one that is read
-LEAD = 10  # events before the earliest that is read
+BEHIND = (0, 1, 2, 3, 5, 10, 20)  # events after the one that is read
+LEAD, APART, MOST = 10, 5, 8000  # events before the earliest that is read, events between histories, histories
 
 
 # ---------------------------------------------------------------------- random vectors
@@ -106,25 +107,44 @@ def of_vectors(binding: Any, vectors: Tensor, own: Tensor, items: Tensor) -> dic
 
 
 @torch.no_grad()
-def of_states(model: Any, histories: Tensor, steps: int) -> dict[str, float]:
-    """How often an event is read from the first layer's state ``steps`` later: its item, and its values' names."""
-    carried = Carried()
-    model.encode(histories, carried)
-    state = torch.cat([part.flatten(1) for part in next(iter(carried.states.values()))], 1).double()
-    event = histories[:, -1 - steps]
-    vectors = model.embed_items(event).double()
-    fit, held_out = slice(0, len(state) // 2), slice(len(state) // 2, None)
-    mean, spread = state[fit].mean(0), state[fit].std(0) + 1e-9
+def of_states(model: Any, histories: Tensor, to_fit: Tensor) -> dict[int, dict[str, float]]:
+    """Events behind → how often an event is read from the first layer's state: its item, and its attributes' values.
+
+    Args:
+        histories: ``[B, L]``, of full length.
+        to_fit: which of them the map is fitted on ``[B]``; the others are read.
+    """
+    states = []
+    for part in histories.split(512):
+        carried = Carried()
+        model.encode(part, carried)
+        states.append(next(iter(carried.states.values()))[-1].flatten(1).double())
+    state = torch.cat(states)
+    mean, spread = state[to_fit].mean(0), state[to_fit].std(0) + 1e-9
     x = F.pad((state - mean) / spread, (0, 1), value=1.0)
     ridge = 10.0 * torch.eye(x.shape[1], dtype=torch.double)
-    read = x[held_out] @ torch.linalg.solve(x[fit].T @ x[fit] + ridge, x[fit].T @ vectors[fit])
-    event, read = event[held_out], read.float()
-    every = model.embed_items(torch.arange(1, model.n_items))
-    guess = cleanup(read, every)[1][:, 0] + 1
-    found = {"item": (guess == event).double().mean().item()}
-    for name, cell in of_vectors(model.binding, read, model.item_embedding.weight[guess], event).items():
-        found[name] = cell["accuracy"]
-    return found
+    every, solved = model.embed_items(torch.arange(1, model.n_items)), {}
+    inverse = torch.linalg.inv(x[to_fit].T @ x[to_fit] + ridge) @ x[to_fit].T
+    for behind in BEHIND:
+        event = histories[:, -1 - behind]
+        read = (x[~to_fit] @ (inverse @ model.embed_items(event[to_fit]).double())).float()
+        guess = cleanup(read, every)[1][:, 0] + 1
+        solved[behind] = {"item": (guess == event[~to_fit]).double().mean().item()}
+        values = of_vectors(model.binding, read, model.item_embedding.weight[guess], event[~to_fit])
+        solved[behind].update({name: cell["accuracy"] for name, cell in values.items()})
+    return solved
+
+
+def cut_histories(model: Any, dataset: Any) -> tuple[Tensor, Tensor]:
+    """Histories of one length from the training windows, and their users."""
+    length, histories, users = max(BEHIND) + LEAD, [], []
+    rows = dataset[:]
+    for end in range(length, rows[model.ITEM_SEQ].shape[1] + 1, APART):
+        long_enough = rows[model.ITEM_SEQ_LEN] >= end
+        histories.append(rows[model.ITEM_SEQ][long_enough, end - length : end])
+        users.append(rows[model.USER_ID][long_enough])
+    chosen = torch.randperm(sum(map(len, users)), generator=torch.Generator().manual_seed(0))[:MOST]
+    return torch.cat(histories)[chosen], torch.cat(users)[chosen]
 
 
 def model_cells(path: str, data_path: str) -> dict[str, Any]:
@@ -134,18 +154,14 @@ def model_cells(path: str, data_path: str) -> dict[str, Any]:
     config, model, _, train, *_ = load_data_and_model(path, data_path=data_path, state="ERROR", use_gpu=False)
     torch.manual_seed(config["seed"])
     fresh = type(model)(config, train.dataset).eval()
-    length = max(BEHIND) + LEAD
-    lengths = train.dataset.inter_feat[train.dataset.item_list_length_field]
-    rows = train.dataset[(lengths >= length).nonzero().flatten()]
-    at = (rows[model.ITEM_SEQ_LEN] - length).unsqueeze(-1) + torch.arange(length)
-    histories = rows[model.ITEM_SEQ].gather(1, at)
-    histories = histories[torch.randperm(len(histories))[:8000]]
+    histories, users = cut_histories(model, train.dataset)
     titles = {"model": config["model"], "dataset": config["dataset"], "form": model.binding.form}
     titles |= {"algebra": model.binding.algebra, "d": config["hidden_size"], "histories": len(histories)}
+    titles |= {"bind_output": bool(config["bind_output"]), "seed": config["seed"]}
     named = {"before training": fresh, "after training": model}
     return titles | {
         "items": {when: of_items(one) for when, one in named.items()},
-        "states": {when: {k: of_states(one, histories, k) for k in BEHIND} for when, one in named.items()},
+        "states": {when: of_states(one, histories, users % 2 == 0) for when, one in named.items()},
     }
 
 
@@ -161,13 +177,14 @@ def render(cells: list[dict[str, Any]], models: list[dict[str, Any]]) -> str:
         lines += [f"**Algebra {algebra}: found, and in brackets the law**", ""]
         lines += [tabulate(rows, headers=head, tablefmt="github", disable_numparse=True), ""]
     for one in models:
-        name = f"{one['model']} on {one['dataset']}, d {one['d']}, {one['form']}, {one['algebra']}"
+        name = f"{one['model']} on {one['dataset']}, d {one['d']}, binding {one['form']}, algebra {one['algebra']}"
+        name += f", bind_output {one['bind_output']}, seed {one['seed']}"
         first = one["items"]["after training"]
         head = ["", *(f"{a} ({c['values']} values, prior {c['prior']:.3f})" for a, c in first.items())]
         rows = [[when, *(f"{c['accuracy']:.3f}" for c in found.values())] for when, found in one["items"].items()]
         lines += [f"**{name}: values read from items' vectors**", ""]
         lines += [tabulate(rows, headers=head, tablefmt="github", disable_numparse=True), ""]
-        lines += [f"**{name}: read from the state of the first layer, {one['histories']:,} histories**", ""]
+        lines += [f"**{name}: read from the scan of the first layer, {one['histories']:,} histories**", ""]
         head = ["events after it", *(f"{what}, {when}" for when in one["states"] for what in ("item", *first))]
         rows = [
             [k, *(f"{one['states'][when][k][what]:.3f}" for when in one["states"] for what in ("item", *first))]
@@ -209,7 +226,7 @@ def main() -> None:
     kept.mkdir(parents=True, exist_ok=True)
     for path in chosen.checkpoints:
         cell = model_cells(path, chosen.data_path) | {"machine": headline("cpu", torch.get_num_threads())}
-        name = "-".join(str(cell[key]) for key in ("model", "dataset", "form", "algebra", "d"))
+        name = "-".join(str(cell[key]) for key in ("model", "dataset", "form", "algebra", "bind_output", "d"))
         (kept / f"{name}.json").write_text(json.dumps(cell, indent=1) + "\n")
     cells = list(random_cells(chosen.seed))
     models = [json.loads(path.read_text()) for path in sorted(kept.glob("*.json"))]

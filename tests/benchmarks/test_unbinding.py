@@ -27,6 +27,7 @@ def test_unitary_keys_read_more() -> None:
 def test_a_model_is_read(cyclic_dataset: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unbinding, "BEHIND", (0, 2))
     monkeypatch.setattr(unbinding, "LEAD", 3)
+    monkeypatch.setattr(unbinding, "APART", 1)
     settings = {**tiny, "binding": "role", "binding_algebra": "unitary", "item_attributes": ["genre", "tags"]}
     settings |= {"MAX_ITEM_LIST_LENGTH": 12, "binding_alpha": 5.0}
     checkpoint = run("HoloMambaRec", cyclic_dataset, config_dict=settings)["report"]["checkpoint"]
@@ -35,4 +36,4 @@ def test_a_model_is_read(cyclic_dataset: str, tiny: dict[str, Any], monkeypatch:
         assert cell["items"][when]["genre"]["accuracy"] > 0.9
         assert cell["items"][when]["genre"]["prior"] == pytest.approx(7 / 20)
         assert set(cell["states"][when][0]) == {"item", "genre", "tags"}
-    assert "read from the state of the first layer" in unbinding.render([], [cell])
+    assert "read from the scan of the first layer" in unbinding.render([], [cell])
