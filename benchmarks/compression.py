@@ -9,7 +9,6 @@ is what is stored: tables, weights and scales. States are judged on 256 training
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 import torch
@@ -79,12 +78,11 @@ def main() -> None:
     head = ["", "KiB", "of the whole", f"validation {metric}", f"test {metric}", "change"]
     body = tabulate(lines, headers=head, tablefmt="github", disable_numparse=True)
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
-    given = {
-        k: config[k] for k in ("hidden_size", "num_layers", "binding", "bind_output", "seed", "MAX_ITEM_LIST_LENGTH")
-    }
+    keys = ("model", "dataset", "seed", "item_attributes", "binding", "binding_algebra", "bind_output", "epochs")
+    training = "python run_recbole_holo.py " + " ".join(f'--{key}="{config[key]}"' for key in keys)
     title = f"{config['model']} on {config['dataset']}, compressed"
-    text = f"# {title}\n\n    python -m benchmarks.compression CHECKPOINT\n\n{about}\n\n{body}\n\n"
-    text += f"The checkpoint's settings: {json.dumps(given)}. {headline('cpu', torch.get_num_threads())}.\n"
+    text = f"# {title}\n\n    {training}\n    python -m benchmarks.compression CHECKPOINT\n\n{about}\n\n{body}\n\n"
+    text += f"{headline('cpu', torch.get_num_threads())}.\n"
     (RESULTS / f"compression-{config['model']}-{config['dataset']}.md").write_text(text)
     print(body)
 

@@ -27,7 +27,7 @@ from recbole_holo.ops.dropout import dropout
 from recbole_holo.ops.feed_forward import FeedForwardWeights, feed_forward
 
 SIZES = ((256, 50), (16, 2048))
-ITEMS, WIDTHS = 3417, (16, 32, 50, 64, 128, 256)
+ITEMS, VALUES, WIDTHS = 3417, 1500, (16, 32, 50, 64, 128, 256)
 Context = Callable[[], AbstractContextManager[Any]]
 Forms = dict[str, tuple[Context, Callable[..., Tensor]]]
 
@@ -70,6 +70,23 @@ class ByMatrices:
         return torch.cat([x * u - y * v, x * v + y * u], -1) @ self.inverse
 
 
+def bound_at_once(carrying: list[Tensor], item: Tensor, *tables: Tensor) -> Tensor:
+    """An item bound with the sum of its attributes' vectors, as the package does."""
+    vectors = (F.embedding(i, t[:, :64]) for i, t in zip(carrying, tables, strict=True))
+    return item + bind(item, sum(vectors, torch.zeros_like(item)))
+
+
+def bound_one_by_one(carrying: list[Tensor], item: Tensor, *tables: Tensor) -> Tensor:
+    return sum((bind(item, F.embedding(i, t[:, :64])) for i, t in zip(carrying, tables, strict=True)), item)
+
+
+def bound_as_spectra(carrying: list[Tensor], item: Tensor, *tables: Tensor) -> Tensor:
+    """The vectors kept as spectra, which spares one of the three transforms."""
+    looked_up = torch.stack([F.embedding(i, t) for i, t in zip(carrying, tables, strict=True)]).sum(0)
+    spectrum = torch.view_as_complex(looked_up.unflatten(1, (-1, 2)))
+    return torch.fft.irfft(torch.fft.rfft(item) * (1 + spectrum), n=item.shape[-1])
+
+
 def operations(batch: int, length: int, device: str) -> Iterator[tuple[str, list[Tensor], Forms]]:
     """Name, the tensors that it is differentiated by, and its forms."""
 
@@ -102,6 +119,15 @@ def operations(batch: int, length: int, device: str) -> Iterator[tuple[str, list
                 "matrix products": (nullcontext, ByMatrices(d, device)),
             },
         )
+
+    carrying = [torch.randint(VALUES, (batch * length,), device=device) for _ in range(3)]
+    tables = [draw(VALUES, 66) for _ in carrying]  # the 33 complex numbers of a spectrum, or 64 real ones
+    forms = {
+        "package: their sum at once": (nullcontext, partial(bound_at_once, carrying)),
+        "one by one": (nullcontext, partial(bound_one_by_one, carrying)),
+        "kept as spectra": (nullcontext, partial(bound_as_spectra, carrying)),
+    }
+    yield "item bound with three attributes, d 64", [draw(batch * length, 64), *tables], forms
 
     forms = {"package": (nullcontext, lambda x: dropout(x, 0.2)), "PyTorch": (nullcontext, lambda x: F.dropout(x, 0.2))}
     yield "dropout, 64 channels", [draw(batch, length, 64)], forms
