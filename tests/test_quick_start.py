@@ -55,6 +55,20 @@ def test_train_report_reload(model: str, mode: str, cyclic_dataset: str, tiny: d
         assert full_sort_scores(users, net, test)[0, 0] == -np.inf
 
 
+@pytest.mark.parametrize("binding", ["item", "both", "concat"])
+def test_all_kinds_of_attributes_train_report_and_reload(
+    binding: str, cyclic_dataset: str, tiny: dict[str, Any]
+) -> None:
+    bound = {"item_attributes": ["genre", "tags", "price"], "attribute_floats": "learned", "bind_output": True}
+    result = run("Hydra", cyclic_dataset, config_dict={**tiny, **bound, "binding": binding})
+    assert list(result["report"]["attributes"]) == ["genre", "tags", "price"]
+    assert all(one["share"] > 0 for one in result["report"]["attributes"].values())
+    config, net, _, train, _, test = load_data_and_model(result["report"]["checkpoint"])
+    trainer = get_trainer_class(config)(config, net)
+    trainer.eval_collector.data_collect(train)
+    assert trainer.evaluate(test, load_best_model=False) == result["test_result"]
+
+
 @pytest.mark.parametrize("schedule", ["grow", "mixed"])
 def test_a_bundled_model_trains_reloads_and_runs_at_other_sizes(
     schedule: str, cyclic_dataset: str, tiny: dict[str, Any]
