@@ -3,7 +3,8 @@
 A table is a yaml file in ``benchmarks/tables``: rows (a model and its settings) × seeds × data sets under one protocol.
 Every cell is a JSON file in ``results/cells/TABLE`` with its metrics, the rank of every test user's item, full
 configuration, versions, commit, machine and time; only the cells that are missing run, so a table can be stopped and
-continued, here or on another machine. The result is ``results/TABLE.md``, mean ± standard deviation over the seeds, and
+continued, here or on another machine; a run that was stopped goes on from its last checkpoint, in ``*.unfinished``
+beside its cell. The result is ``results/TABLE.md``, mean ± standard deviation over the seeds, and
 a plot.
 
 Keys of a table: ``title``, ``protocol``, ``dataset`` (or ``datasets``: name → settings), ``settings`` (of all cells),
@@ -27,7 +28,7 @@ import io
 import itertools
 import json
 import os
-import tempfile
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,8 +156,10 @@ def run_cell(
     settings = table.settings(dataset, row, choice)
     settings.update(seed=seed, data_path=data_path, state="ERROR", show_progress=False)
     path = table.cell(dataset, row, seed) if choice is None else table.trial(dataset, row, choice)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch, _inside(scratch), contextlib.redirect_stdout(io.StringIO()):
+    scratch = path.with_suffix(".unfinished")
+    scratch.mkdir(parents=True, exist_ok=True)
+    settings["resume"] = next((str(file) for file in scratch.glob("saved/*.pth")), None)
+    with _inside(scratch), contextlib.redirect_stdout(io.StringIO()):
         result = run(
             table.model(row),
             dataset,
@@ -166,16 +169,18 @@ def run_cell(
             test=not tuning,
         )
     report = result["report"]
-    report["config"].pop("data_path", None)
+    for mine in ("data_path", "resume"):
+        report["config"].pop(mine, None)
     report["checkpoint"] = None
     if not tuning and result["test_ranks"] is not None:
         report["ranks"] = packed(np.asarray(result["test_ranks"]))
     path.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
+    shutil.rmtree(scratch)
     return report
 
 
 @contextlib.contextmanager
-def _inside(folder: str) -> Iterator[None]:
+def _inside(folder: Path) -> Iterator[None]:
     before = os.getcwd()  # RecBole writes its logs and checkpoints into the working directory
     os.chdir(folder)
     try:

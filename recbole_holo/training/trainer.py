@@ -51,7 +51,7 @@ class SafeCheckpoints(Trainer):
         self.saved_model_file = os.path.join(self.checkpoint_dir, unique)
         self._train_data: Any = None
         self._valid_result: dict[str, float] | None = None  # of the epoch that is being saved
-        self.valid_scores: list[float] = []  # of every validation since this trainer was made
+        self.valid_scores: list[float] = []  # of every epoch with a validation
         self._resumed: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------ saving and resuming
@@ -69,6 +69,7 @@ class SafeCheckpoints(Trainer):
                     "cur_step": self.cur_step,
                     "best_valid_score": float(self.best_valid_score),
                     "best_valid_result": self._valid_result,
+                    "valid_scores": self.valid_scores,
                     **self._weights(),
                     "other_parameter": checkpoint.pack(self.model.other_parameter()),
                     "optimizer": self.optimizer.state_dict(),
@@ -131,6 +132,7 @@ class SafeCheckpoints(Trainer):
         self.cur_step = saved["cur_step"]
         self.best_valid_score = saved["best_valid_score"]
         self.best_valid_result = saved.get("best_valid_result")
+        self.valid_scores = list(saved.get("valid_scores", []))
         self._load_weights(saved)
         self.model.load_other_parameter(checkpoint.unpack(saved.get("other_parameter")))
         self.optimizer.load_state_dict(saved["optimizer"])

@@ -14,6 +14,7 @@ from scipy import stats
 from benchmarks import accuracy, rendering
 from benchmarks.accuracy import Table, missing, run_cell
 from benchmarks.rendering import by_user, difference, holm, packed, render, unpacked
+from recbole_holo.training.trainer import HoloTrainer
 
 
 @pytest.fixture
@@ -80,6 +81,35 @@ def test_a_table_runs_what_is_missing_tunes_on_validation_and_renders(table: Tab
     assert len(cell["valid_scores"]) == 2
     for name in ("tiny.png", "tiny-curves.png"):
         assert (rendering.RESULTS / name).stat().st_size > 1000
+
+
+def test_a_run_that_was_stopped_goes_on(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    (dataset,) = table.datasets
+    table.content["settings"]["lr_scheduler"] = None  # so that every epoch of the few improves, and is saved
+    job = (dataset, "plain", 1, None, str(Path("dataset").resolve()))
+    undisturbed = run_cell(table, *job)
+    table.cell(dataset, "plain", 1).unlink()
+
+    trained: list[int] = []
+    stops: list[int] = []
+    train_epoch = HoloTrainer._train_epoch
+
+    def stopped(self: HoloTrainer, data: Any, epoch: int, *others: Any, **more: Any) -> Any:
+        if epoch == 1 and not stops:
+            stops.append(epoch)
+            raise KeyboardInterrupt
+        trained.append(epoch)
+        return train_epoch(self, data, epoch, *others, **more)
+
+    monkeypatch.setattr(HoloTrainer, "_train_epoch", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(table, *job)
+    assert missing(table, rows=["plain"], seeds=[1])
+    continued = run_cell(table, *job)
+    assert trained == [0, 1]
+    for name in ("test", "ranks", "valid_scores"):
+        assert continued[name] == undisturbed[name], name
+    assert continued["config"].keys() == undisturbed["config"].keys()
 
 
 def test_unknown_rows_are_named(table: Table) -> None:
