@@ -37,9 +37,9 @@ def seconds(model: HoloMambaRec, items: Tensor, device: str) -> tuple[float, flo
     for _ in range(2):
         start = now(device)
         with torch.no_grad():
-            model.states(items)
+            model.token_states(items)
         middle = now(device)
-        model.states(items)[0].sum().backward()
+        model.token_states(items)[0].sum().backward()
         times.append((middle - start, now(device) - middle))
     return times[-1]
 
@@ -49,7 +49,7 @@ def kept_bytes(model: HoloMambaRec, items: Tensor, device: str) -> int:
     peak = (CudaPeak if device == "cuda" else CpuPeak)()
     with peak:
         peak.change(("step", "all"))
-        model.states(items)[0].sum().backward()
+        model.token_states(items)[0].sum().backward()
     return peak.peaks[("step", "all")]
 
 

@@ -119,7 +119,7 @@ def of_states(model: Any, histories: Tensor, to_fit: Tensor) -> dict[int, dict[s
     states = []
     for part in histories.split(512):
         carried = Carried()
-        model.encode(part, carried)
+        model.hidden_states(part, carried)
         states.append(next(iter(carried.states.values()))[-1].flatten(1).double())
     state = torch.cat(states)
     mean, spread = state[to_fit].mean(0), state[to_fit].std(0) + 1e-9

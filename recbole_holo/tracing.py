@@ -59,7 +59,7 @@ class Trace:
                 self._wrap(model, name, self._loss)
         for name in ("_full_sort_batch_eval", "_neg_sample_batch_eval"):
             self._wrap(self.trainer, name, self._scores)
-        for name in ("forward", "states", "encode"):
+        for name in ("forward", "token_states", "hidden_states"):
             if hasattr(type(model), name):
                 self._wrap(model, name, self._encoder)
         optimizers = [value for value in vars(self.trainer).values() if isinstance(value, torch.optim.Optimizer)]

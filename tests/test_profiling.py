@@ -36,7 +36,7 @@ class Probe(SequenceRecommender):
         self.layers = nn.ModuleList(layers)
         self.shift = nn.Parameter(torch.zeros(WIDTH))  # of no layer
 
-    def encode(self, item_seq: Tensor) -> Tensor:
+    def hidden_states(self, item_seq: Tensor) -> Tensor:
         h = self.item_embedding(item_seq)
         for layer in self.layers:
             h = layer(h)

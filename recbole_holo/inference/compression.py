@@ -145,7 +145,7 @@ def truncate_states(model: nn.Module, histories: Tensor, keep: int, criterion: s
         raise ConfigError("states", keep, f"use 1 to {min(block.d_state for block in blocks)}")
     seen: dict[Mamba, Tensor] = {}
     hooks = [b.register_forward_hook(lambda b, given, _: seen.__setitem__(b, given[0])) for b in blocks]
-    model.encode(histories)  # type: ignore[operator]
+    model.hidden_states(histories)  # type: ignore[operator]
     for hook in hooks:
         hook.remove()
     for block in blocks:

@@ -1,28 +1,90 @@
-"""What a stack keeps of a sequence between its parts."""
+"""What a stack keeps of a sequence between its parts, and how a layer takes the next part or the next step."""
 
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+
+from recbole_holo.ops import backend
+from recbole_holo.ops.mamba_block import MambaState
+from recbole_holo.ops.step import Stepper
 
 
 class Carried:
     """The states of the layers of one model after the parts of a sequence it has read so far.
 
-    One object goes with one batch of sequences: pass it to every part in turn. Parts need not be equally long; a
-    sequence that ended in an earlier part goes on with pads, and what comes out for it means nothing.
+    One object goes with one batch of sequences: pass it to every part in turn. Parts need not be equally long; without
+    ``lengths``, a sequence that ended in an earlier part goes on with pads, and what comes out for it means nothing.
+
+    Attributes:
+        position: steps read so far, one number or ``[B]``.
+        states: of each layer; none at the beginning.
+        lengths: ``[B]``, steps of this part that are not pads; pads leave the states as they are. None: all.
+        in_place: the part is one step long, and the states are changed where they lie (inference).
     """
 
-    def __init__(self) -> None:
-        self.position = 0  # steps read so far
-        self.states: dict[nn.Module, Any] = {}
+    def __init__(
+        self,
+        position: int | Tensor = 0,
+        states: dict[nn.Module, MambaState] | None = None,
+        lengths: Tensor | None = None,
+        in_place: bool = False,
+    ) -> None:
+        self.position = position
+        self.states = {} if states is None else states
+        self.lengths = lengths
+        self.in_place = in_place
 
 
-def through(layer: nn.Module, hidden: Tensor, carried: Carried | None) -> Tensor:
-    """``layer(hidden)``, or where there is something to carry ``layer.forward_from(hidden, its state)``."""
+class Recurrent(nn.Module):
+    """A layer with a state of constant size: reads a sequence whole, in parts, or step by step."""
+
+    def state_shapes(self) -> MambaState:
+        """Of the state of one sequence: the shapes of ``conv`` and ``ssm``."""
+        raise NotImplementedError
+
+    def forward_from(
+        self, hidden: Tensor, state: MambaState | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
+        """The next part of sequences ``[B, L, …]``, from the state before it (None: the beginning) to that after it.
+
+        Of each row the first ``lengths [B]`` steps are read, all if None. The state carries no gradient.
+        """
+        raise NotImplementedError
+
+    def step(self, hidden: Tensor, state: MambaState) -> Tensor:
+        """The next step of sequences ``[B, …]``; ``state`` is changed in place, and nothing has a gradient."""
+        parameters = self.parameters_read()
+        stamp = (backend.get_backend(), *((p.data_ptr(), p._version, p.device) for p in parameters if p is not None))
+        known = _steppers.get(self)
+        if known is None or known[0] != stamp:
+            known = _steppers[self] = stamp, self.make_stepper()
+        return known[1](hidden, state)
+
+    def parameters_read(self) -> tuple[Tensor | None, ...]:
+        """What a step depends on: where one of these changes, the step is prepared again."""
+        raise NotImplementedError
+
+    def make_stepper(self) -> Stepper:
+        """The step with the parameters as they are."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> Any:
+        _steppers.pop(self, None)  # PyTorch's fused optimizers change parameters without counting it as a change
+        return super().train(mode)
+
+
+# Not kept in the layers: pointers into prepared weights can be neither copied nor pickled.
+_steppers: WeakKeyDictionary[Recurrent, tuple[object, Stepper]] = WeakKeyDictionary()
+
+
+def through(layer: Recurrent, hidden: Tensor, carried: Carried | None) -> Tensor:
+    """``layer(hidden)``, or where there is something to carry the next part or step from the state before it."""
     if carried is None:
         return layer(hidden)
-    forward_from: Any = layer.forward_from
-    hidden, carried.states[layer] = forward_from(hidden, carried.states.get(layer))
+    if carried.in_place:
+        return layer.step(hidden.squeeze(1), carried.states[layer]).unsqueeze(1)
+    hidden, carried.states[layer] = layer.forward_from(hidden, carried.states.get(layer), carried.lengths)
     return hidden

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from recbole_holo.errors import ConfigError
+from recbole_holo.layers.carried import Recurrent
 from recbole_holo.layers.init import initialise_ssm
 from recbole_holo.ops.mamba_block import MambaState, MambaWeights, mamba_block, mamba_block_with_state
+from recbole_holo.ops.step import Stepper, mamba_stepper
 
 
-class Mamba(nn.Module):
+class Mamba(Recurrent):
     r"""A selective state space model between a gate and two projections (Gu and Dao, arXiv 2312.00752).
 
     ``x, z = in_proj(h)``; ``x = SiLU(conv1d(x))``; ``dt, B, C = x_proj(x)``; ``Δ = softplus(dt_proj(dt))``;
@@ -72,12 +74,23 @@ class Mamba(nn.Module):
         """``[B, L, d_model]`` → ``[B, L, d_model]``."""
         return mamba_block(hidden, self._weights())
 
-    def forward_from(self, hidden: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
-        """The next part of a sequence: ``[B, L, d_model]`` and the state behind it → output and the state after it.
+    def state_shapes(self) -> MambaState:
+        return MambaState((self.d_conv - 1, self.d_inner), (self.d_inner, self.d_state))  # type: ignore[arg-type]
 
-        The state carries no gradient; None is the beginning.
-        """
-        return mamba_block_with_state(hidden, self._weights(), state)
+    def forward_from(
+        self, hidden: Tensor, state: MambaState | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
+        return mamba_block_with_state(hidden, self._weights(), state, lengths)
+
+    def parameters_read(self) -> tuple[Tensor | None, ...]:
+        inside, outside, conv, dt = self.in_proj, self.out_proj, self.conv1d, self.dt_proj
+        return (
+            *(inside.weight, inside.bias, conv.weight, conv.bias, self.x_proj.weight, dt.weight, dt.bias),
+            *(self.A_log, self.D, outside.weight, outside.bias),
+        )
+
+    def make_stepper(self) -> Stepper:
+        return mamba_stepper(self._weights())
 
     def _weights(self) -> MambaWeights:
         return MambaWeights(

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from recbole_holo.errors import ConfigError
+from recbole_holo.layers.carried import Recurrent
 from recbole_holo.layers.init import initialise_ssm, mark_no_weight_decay
 from recbole_holo.layers.mamba import check_sizes
 from recbole_holo.ops.mamba2_block import Mamba2Sizes, Mamba2Weights, mamba2_block, mamba2_block_with_state
 from recbole_holo.ops.mamba_block import MambaState
+from recbole_holo.ops.step import Stepper, mamba2_stepper
 
 _NORM_EPS = 1e-5
 
 
-class Mamba2(nn.Module):
+class Mamba2(Recurrent):
     r"""A state space model with one decay a head, between a gate and two projections (Dao and Gu, arXiv 2405.21060).
 
     ``z, x, B, C, dt = in_proj(h)``; ``x, B, C = SiLU(conv1d(x, B, C))``; ``Δ = softplus(dt + dt_bias)``;
@@ -93,15 +95,28 @@ class Mamba2(nn.Module):
         """``[B, L, d_model]`` → ``[B, L, d_model]``."""
         return mamba2_block(hidden.unsqueeze(2), *_stacked(self)).squeeze(2)
 
-    def forward_from(self, hidden: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
-        """The next part of a sequence: ``[B, L, d_model]`` and the state behind it → output and the state after it.
+    def state_shapes(self) -> MambaState:
+        """``conv [d_conv - 1, channels of x, B, C]`` and ``ssm [nheads, headdim, d_state]``."""
+        channels = self.d_inner + 2 * self.ngroups * self.d_state
+        return MambaState((self.d_conv - 1, channels), (self.nheads, self.headdim, self.d_state))  # type: ignore[arg-type]
 
-        The state is ``conv [B, d_conv - 1, channels of x, B, C]`` and ``ssm [B, nheads, headdim, d_state]``; it carries
-        no gradient, and None is the beginning.
-        """
+    def forward_from(
+        self, hidden: Tensor, state: MambaState | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
         before = None if state is None else MambaState(state.conv.unsqueeze(1), state.ssm.unsqueeze(1))
-        out, after = mamba2_block_with_state(hidden.unsqueeze(2), *_stacked(self), before)
+        out, after = mamba2_block_with_state(hidden.unsqueeze(2), *_stacked(self), before, lengths)
         return out.squeeze(2), MambaState(after.conv.squeeze(1), after.ssm.squeeze(1))
+
+    def parameters_read(self) -> tuple[Tensor | None, ...]:
+        return _parameters(self)
+
+    def make_stepper(self) -> Stepper:
+        step = mamba2_stepper(*_stacked(self))
+
+        def one_block(hidden: Tensor, state: MambaState) -> Tensor:
+            return step(hidden.unsqueeze(1), MambaState(state.conv.unsqueeze(1), state.ssm.unsqueeze(1))).squeeze(1)
+
+        return one_block
 
 
 class _Stack(nn.Module):
@@ -118,7 +133,7 @@ class _Stack(nn.Module):
             self.register_parameter(name, nn.Parameter(stacked, requires_grad=first.requires_grad))
 
 
-class LatentMamba2(nn.Module):
+class LatentMamba2(Recurrent):
     r"""v independent Mamba-2 blocks of width d_c, computed together (the latent heads of Hydra, arXiv 2504.07398).
 
     The parameters are those of :class:`Mamba2`, without projection biases, stacked on a first axis of length v. The v
@@ -187,13 +202,21 @@ class LatentMamba2(nn.Module):
         """``[B, L, v, d_c]`` → ``[B, L, v, d_c]``."""
         return mamba2_block(hidden, *_stacked(self))
 
-    def forward_from(self, hidden: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
-        """The next part of a sequence: ``[B, L, v, d_c]`` and the state behind it → output and the state after it.
+    def state_shapes(self) -> MambaState:
+        """``conv [v, d_conv - 1, channels of x, B, C]`` and ``ssm [v, nheads, headdim, d_state]``."""
+        v, channels, _, width = self.conv1d.weight.shape
+        return MambaState((v, width - 1, channels), (v, self.nheads, self.headdim, self.d_state))  # type: ignore[arg-type]
 
-        The state is ``conv [B, v, d_conv - 1, channels of x, B, C]`` and ``ssm [B, v, nheads, headdim, d_state]``; it
-        carries no gradient, and None is the beginning.
-        """
-        return mamba2_block_with_state(hidden, *_stacked(self), state)
+    def forward_from(
+        self, hidden: Tensor, state: MambaState | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, MambaState]:
+        return mamba2_block_with_state(hidden, *_stacked(self), state, lengths)
+
+    def parameters_read(self) -> tuple[Tensor | None, ...]:
+        return _parameters(self)
+
+    def make_stepper(self) -> Stepper:
+        return mamba2_stepper(*_stacked(self))
 
     @torch.no_grad()
     def head(self, i: int) -> Mamba2:
@@ -201,6 +224,14 @@ class LatentMamba2(nn.Module):
         block = Mamba2(**self._sizes)  # type: ignore[arg-type]
         block.load_state_dict({name: parameter[i] for name, parameter in self.state_dict().items()})
         return block.to(self.D.device)
+
+
+def _parameters(block: Mamba2 | LatentMamba2) -> tuple[Tensor | None, ...]:
+    inside, outside, conv = block.in_proj, block.out_proj, block.conv1d
+    return (
+        *(inside.weight, inside.bias, conv.weight, conv.bias, block.dt_bias, block.A_log, block.D),
+        *(block.norm.weight, outside.weight, outside.bias),
+    )
 
 
 def _stacked(block: Mamba2 | LatentMamba2) -> tuple[Mamba2Weights, Mamba2Sizes]:

@@ -30,12 +30,12 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
 
     A model gives two things, and nothing else is needed of it:
 
-    * :meth:`encode`: ``item_seq [B, L]`` → hidden states ``[B, L, d]``; position ``t`` sees items ``0..t`` only;
+    * :meth:`hidden_states`: ``item_seq [B, L]`` → hidden states ``[B, L, d]``; position ``t`` sees items ``0..t`` only;
     * :meth:`item_vectors`: the table ``[n_items, d]`` that hidden states are scored against; of a model that makes its
       items by :meth:`make_items`, that is given.
 
     A model whose layers carry a state says so with ``carries_state = True`` and takes it as a second argument of
-    ``encode``: it then reads a history in parts (:class:`~recbole_holo.layers.carried.Carried`,
+    ``hidden_states``: it then reads a history in parts (:class:`~recbole_holo.layers.carried.Carried`,
     ``train_steps_at_once``).
 
     **Positions.** A history fills positions ``0..len-1`` and pads (id 0) follow on the right, in whole-sequence
@@ -68,7 +68,7 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
     """
 
     input_type = InputType.POINTWISE  # negatives, where a loss needs them, are drawn by the model
-    carries_state = False  # whether encode takes what is carried from one part of a sequence to the next
+    carries_state = False  # whether hidden_states takes what is carried from one part of a sequence to the next
     binds_attributes = False  # whether it reads item attributes where the setting ``binding`` says how
     bundles_events = False  # whether it knows the setting ``bundle_size``
     item_bias: Tensor | None = None
@@ -131,21 +131,21 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         return super().train(mode)
 
     # ------------------------------------------------------------------ what a model gives
-    def encode(self, item_seq: Tensor) -> Tensor:
+    def hidden_states(self, item_seq: Tensor) -> Tensor:
         """Hidden states at every position: ``item_seq [B, L]`` (0 = pad, on the right) → ``[B, L, d]``."""
         raise NotImplementedError
 
-    def states(self, item_seq: Tensor) -> tuple[Tensor, Layout | None]:
+    def token_states(self, item_seq: Tensor) -> tuple[Tensor, Layout | None]:
         """The hidden states there are ``[B, T, d]``, and where the positions' are among them (None: in their places).
 
-        :meth:`encode` without the copies for positions that nobody asks for, where T is less than L.
+        :meth:`hidden_states` without the copies for positions that nobody asks for, where T is less than L.
         """
-        return self.encode(item_seq), None
+        return self.hidden_states(item_seq), None
 
     # ------------------------------------------------------------------ RecBole's interface
     def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
         """The hidden state after the last item of each history: ``[B, L]``, ``[B]`` → ``[B, d]``."""
-        hidden, layout = self.states(item_seq)
+        hidden, layout = self.token_states(item_seq)
         last = item_seq_len - 1
         return self.gather_indexes(hidden, last if layout is None else layout.token_of.gather(1, last[:, None])[:, 0])
 
@@ -154,7 +154,7 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         if self.ITEM_TARGETS in interaction:
             targets = interaction[self.ITEM_TARGETS].flatten()  # [B·L]
             n_targets = getattr(interaction, "n_targets", None)  # known to the loader of whole sequences
-            hidden, layout = self.states(item_seq)
+            hidden, layout = self.token_states(item_seq)
             if layout is None and n_targets == len(targets):  # full windows: nothing to select, and no copy to keep
                 return self.loss(hidden.flatten(0, 1), targets)
             where = positions_of(targets > 0, n_targets)
@@ -180,7 +180,7 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         carried = Carried()
         for items, wanted, count in zip(item_seq.split(steps, 1), parts, counts, strict=True):
             with torch.set_grad_enabled(count > 0):
-                hidden = self.encode(items, carried)  # type: ignore[call-arg]
+                hidden = self.hidden_states(items, carried)  # type: ignore[call-arg]
             carried.position += items.shape[1]
             if count:
                 where = positions_of(wanted.flatten() > 0, count)

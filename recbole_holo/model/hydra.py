@@ -102,9 +102,9 @@ class LatentInteraction(nn.Module):
         """``[B, L, d]`` → ``[B, L, d]``."""
         x = silu(self.w_x(h)).unflatten(-1, self.heads)  # [B, L, v, d_c]
         z = silu(self.w_z(h)).unflatten(-1, self.heads)
-        z = rotary(z.transpose(1, 2), self.rope_base, carried.position if carried else 0).transpose(
-            1, 2
-        )  # position of the window along L
+        start = carried.position if carried else 0  # of the part, in the sequence; a tensor: of each row
+        start = start.unsqueeze(-1) if isinstance(start, Tensor) else start
+        z = rotary(z.transpose(1, 2), self.rope_base, start).transpose(1, 2)
         y = through(self.mamba, x, carried)  # [B, L, v, d_c]
         return self.w_o((y * z).flatten(-2))
 

@@ -29,6 +29,7 @@ class BoundItems:
     """
 
     n_items: int
+    hidden_size: int
     register_buffer: Any
     item_embedding: nn.Embedding
     binding: AttributeBinding | None
@@ -40,6 +41,7 @@ class BoundItems:
 
     def make_items(self, config, dataset, d: int, std: float | None, tied: bool = True) -> None:
         """The item table ``[n_items, d]`` drawn from N(0, std²), its attributes, and unless ``tied`` a head."""
+        self.hidden_size = d
         self.item_embedding = item_table(self.n_items, d, std)
         self.binding, self.head = None, None if tied else nn.Linear(d, self.n_items, bias=False)
         attributes = list(getattr(dataset, "item_attributes", {}).values()) if config["binding"] else []

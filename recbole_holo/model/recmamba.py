@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_holo.errors import ConfigError
@@ -29,7 +30,8 @@ class RecMamba(StateSpaceRecommender):
     the authors pad on the left and so count from the end of the window.
 
     A learned position table has MAX_ITEM_LIST_LENGTH rows. A longer sequence is an error, never a clipped position;
-    with ``position_embedding: none`` any length is accepted.
+    with ``position_embedding: none`` any length is accepted. In stepping, where a history has no end, the events beyond
+    the table all have its last position, which no training has shown the model: leave positions out of what is stepped.
 
     Config keys: ``hidden_size``, ``num_layers``, ``d_state``, ``d_conv``, ``expand``, ``ssm_init``, ``residual``,
     ``norm`` (none | pre | post), ``ffn``, ``inner_size`` (~ = 4·hidden_size), ``position_embedding`` (none | learned),
@@ -58,12 +60,16 @@ class RecMamba(StateSpaceRecommender):
         )
         self.final_norm = nn.LayerNorm(d) if config["norm"] == "pre" else nn.Identity()
 
-    def embed(self, x: Tensor, start: int = 0) -> Tensor:
-        """``[B, L, d]`` at positions ``start``… → scaled, with positions."""
+    def embed(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
+        """``[B, L, d]`` at positions ``start``…, of all rows or of each ``[B]``, → scaled, with positions."""
         x = self.scale * x
         if self.position_embedding is None:
             return x
-        end, rows = start + x.shape[1], self.position_embedding.shape[0]
+        rows = self.position_embedding.shape[0]
+        if isinstance(start, Tensor):
+            position = start.unsqueeze(-1) + torch.arange(x.shape[1], device=x.device)
+            return x + F.embedding(position.clamp(max=rows - 1), self.position_embedding)
+        end = start + x.shape[1]
         if end > rows:
             remedy = (
                 f"a sequence of {end} has positions beyond the learned table: raise it, or position_embedding: none"

@@ -89,7 +89,7 @@ class SequenceSASRec(SequenceRecommender):
             raise ConfigError("MAX_ITEM_LIST_LENGTH", self.max_seq_length, remedy)
         return self.embed_items(item_seq) + self.position_embedding(torch.arange(length, device=item_seq.device))
 
-    def encode(self, item_seq: Tensor) -> Tensor:
+    def hidden_states(self, item_seq: Tensor) -> Tensor:
         valid = item_seq > 0
         h = self.dropout(self.LayerNorm(self.embed(item_seq)))  # [B, L, d]
         h = self.trm_encoder(h, lambda q, k, v: self.attend(q, k, v, valid))

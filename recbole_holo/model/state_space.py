@@ -10,11 +10,12 @@ from recbole_holo.layers.bundling import Layout, TemporalBundling
 from recbole_holo.layers.carried import Carried
 from recbole_holo.model.base import SequenceRecommender
 from recbole_holo.model.settings import one_of, positive_int
+from recbole_holo.model.stepping import Stepping
 
 SCHEDULES = ("constant", "grow", "mixed")
 
 
-class StateSpaceRecommender(SequenceRecommender):
+class StateSpaceRecommender(Stepping, SequenceRecommender):
     """A model that reads vectors of items one after the other, and carries a state.
 
     A model gives :meth:`encode_vectors`, and calls :meth:`make_items`.
@@ -66,14 +67,14 @@ class StateSpaceRecommender(SequenceRecommender):
         """Vectors of items ``[B, L, d]`` → hidden states ``[B, L, d]``; causal, so pads on the right move nothing."""
         raise NotImplementedError
 
-    def encode(self, item_seq: Tensor, carried: Carried | None = None) -> Tensor:
+    def hidden_states(self, item_seq: Tensor, carried: Carried | None = None) -> Tensor:
         if self.bundling is None or carried is not None:
             return self.encode_vectors(self.embed_items(item_seq), carried)
-        hidden, layout = self.states(item_seq)
+        hidden, layout = self.token_states(item_seq)
         return hidden if layout is None else layout.spread(hidden)
 
-    def states(self, item_seq: Tensor) -> tuple[Tensor, Layout | None]:
+    def token_states(self, item_seq: Tensor) -> tuple[Tensor, Layout | None]:
         if self.bundling is None:
-            return super().states(item_seq)
+            return super().token_states(item_seq)
         tokens, layout = self.bundling(item_seq, (item_seq > 0).sum(1), self.embed_items)
         return self.encode_vectors(tokens), layout

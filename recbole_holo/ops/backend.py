@@ -54,6 +54,12 @@ class _Operation:
 
 _SCAN_MODULE = "mamba_ssm.ops.selective_scan_interface"
 _SSD_MODULE = "mamba_ssm.ops.triton.ssd_combined"
+_STEP_MODULE = "mamba_ssm.ops.triton.selective_state_update"
+_STEP = _Operation(
+    _Kernel("mamba-ssm", _STEP_MODULE, "selective_state_update", ("triton", "causal_conv1d_cuda")),
+    ("native", "composed"),
+    "composed",
+)
 _OPERATIONS = {
     "selective_scan": _Operation(
         _Kernel("mamba-ssm", _SCAN_MODULE, "selective_scan_fn", ("selective_scan_cuda",)),
@@ -77,6 +83,11 @@ _OPERATIONS = {
         _Kernel("mamba-ssm", _SSD_MODULE, "mamba_split_conv1d_scan_combined", ("triton", "causal_conv1d_cuda")),
         ("native", "composed"),
         "composed",
+    ),
+    "mamba_step": _STEP,
+    "mamba2_step": _STEP,
+    "causal_conv1d_step": _Operation(
+        _Kernel("causal-conv1d", "causal_conv1d", "causal_conv1d_update", ("causal_conv1d_cuda",)), (), "reference"
     ),
 }
 _KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 from recbole_holo.ops import backend, native
 from recbole_holo.ops.dropout import draws, dropout
 
+FEW = 512  # rows up to which calling the kernel costs more than it saves, where nothing is kept for a gradient
+
 
 class FeedForwardWeights(NamedTuple):
     """Two linear maps; the first is twice as high in a gated layer, the gate first."""
@@ -55,6 +57,8 @@ def feed_forward(x: Tensor, weights: FeedForwardWeights, gated: bool = False, p:
 
 def _is_native(x: Tensor, weights: FeedForwardWeights, dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16) or not backend.runs_native(x):
+        return False
+    if not torch.is_grad_enabled() and x.numel() < FEW * x.shape[-1]:
         return False
     return x.dim() > 1 and not any(size % native.lanes() for size in weights.down.shape)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from recbole_holo.ops import backend
 from recbole_holo.ops.causal_conv1d import causal_conv1d
-from recbole_holo.ops.mamba_block import MambaState
+from recbole_holo.ops.mamba_block import MambaState, latest, standing_still
 from recbole_holo.ops.state_space_dual import state_space_dual, state_space_dual_with_state
 
 
@@ -54,32 +54,38 @@ def mamba2_block(hidden: Tensor, weights: Mamba2Weights, sizes: Mamba2Sizes) -> 
         dtype = backend.product_type(hidden)
         return mamba2_native(hidden, weights, sizes, half=dtype == torch.bfloat16)[0].to(dtype)
     y = mamba2_inner(**_inner_arguments(hidden, weights, sizes))
-    return _project(y.unflatten(-1, (hidden.shape[2], -1)), weights.out_proj_weight, weights.out_proj_bias)
+    return project(y.unflatten(-1, (hidden.shape[2], -1)), weights.out_proj_weight, weights.out_proj_bias)
 
 
 def mamba2_block_with_state(
-    hidden: Tensor, weights: Mamba2Weights, sizes: Mamba2Sizes, state: MambaState | None
+    hidden: Tensor,
+    weights: Mamba2Weights,
+    sizes: Mamba2Sizes,
+    state: MambaState | None,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, MambaState]:
     """:func:`mamba2_block` of a part of a sequence, from the state before it (None: the beginning) to that after it.
 
     The state is ``conv [batch, v, W - 1, d_inner + 2·ngroups·N]`` and ``ssm [batch, v, H, headdim, N]``. Parts of any
     lengths, one after the other, give the outputs of the whole. No gradient passes from a part to the part before it.
+    Of each row the first ``lengths [batch]`` steps are no pads (None: all), and the state after the part is that after
+    them.
     """
     if state is None:
         batch, (v, channels, width) = len(hidden), weights.conv1d_weight.shape
         shapes = (batch, v, width - 1, channels), (batch, *weights.A.shape, sizes.headdim, sizes.d_state)
         state = MambaState(*(weights.A.new_zeros(shape) for shape in shapes))
     state = MambaState(*(t.detach() for t in state))
-    if _native(hidden):
+    if lengths is None and _native(hidden):
         from recbole_holo.ops._mamba2_native import mamba2_native  # compiles, so only when it is needed
 
         dtype = backend.product_type(hidden)
         out, *last = mamba2_native(hidden, weights, sizes, state, half=dtype == torch.bfloat16)
         return out.to(dtype), MambaState(*last)
-    blocks, convolved = hidden.shape[2], _convolved(weights, sizes)
+    blocks, convolved = hidden.shape[2], sizes_by_kind(weights, sizes)
     state = MambaState(kind_by_kind(state.conv.transpose(1, 2), convolved, 2), state.ssm.flatten(1, 2))
-    y, (conv, ssm) = mamba2_inner_with_state(**_inner_arguments(hidden, weights, sizes), state=state)
-    out = _project(y.unflatten(-1, (blocks, -1)), weights.out_proj_weight, weights.out_proj_bias)
+    y, (conv, ssm) = mamba2_inner_with_state(**_inner_arguments(hidden, weights, sizes), state=state, lengths=lengths)
+    out = project(y.unflatten(-1, (blocks, -1)), weights.out_proj_weight, weights.out_proj_bias)
     conv = block_by_block(conv, convolved, blocks).transpose(1, 2)
     return out, MambaState(conv, ssm.unflatten(1, (blocks, -1)))
 
@@ -92,10 +98,10 @@ def _native(hidden: Tensor) -> bool:
 
 def _inner_arguments(hidden: Tensor, weights: Mamba2Weights, sizes: Mamba2Sizes) -> dict[str, Any]:
     """The v blocks as one Mamba-2 with v times the heads and groups, whose channels are laid out kind by kind."""
-    w, blocks, convolved = weights, hidden.shape[2], _convolved(weights, sizes)
+    w, blocks, convolved = weights, hidden.shape[2], sizes_by_kind(weights, sizes)
     projected = [w.norm_weight.shape[1], *convolved, w.A.shape[1]]
     return {
-        "zxbcdt": kind_by_kind(_project(hidden, w.in_proj_weight, w.in_proj_bias), projected, 2),
+        "zxbcdt": kind_by_kind(project(hidden, w.in_proj_weight, w.in_proj_bias), projected, 2),
         "conv1d_weight": kind_by_kind(w.conv1d_weight, convolved, 0),
         "conv1d_bias": None if w.conv1d_bias is None else kind_by_kind(w.conv1d_bias, convolved, 0),
         "dt_bias": w.dt_bias.flatten(),
@@ -110,12 +116,12 @@ def _inner_arguments(hidden: Tensor, weights: Mamba2Weights, sizes: Mamba2Sizes)
     }
 
 
-def _convolved(weights: Mamba2Weights, sizes: Mamba2Sizes) -> list[int]:
+def sizes_by_kind(weights: Mamba2Weights, sizes: Mamba2Sizes) -> list[int]:
     shared = sizes.ngroups * sizes.d_state
     return [weights.norm_weight.shape[1], shared, shared]  # x, B, C
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``[batch, L, v, in]`` by ``[v, out, in]`` → ``[batch, L, v, out]``."""
     if len(weight) == 1:
         return F.linear(x, weight[0], None if bias is None else bias[0])
@@ -203,22 +209,23 @@ def mamba2_inner_with_state(
     d_state: int,
     chunk_size: int,
     state: MambaState,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, MambaState]:
     """:func:`mamba2_inner` of a part of a sequence, from the state before it to that after it.
 
     The state is ``conv [batch, W - 1, d_inner + 2·ngroups·d_state]`` and ``ssm [batch, H, headdim, d_state]``, zeros at
-    the beginning. No gradient passes through it.
+    the beginning. No gradient passes through it. ``lengths [batch]``: steps that are no pads; all if None.
     """
     (channels, width), d_inner = conv1d_weight.shape, norm_weight.shape[0]
     z, xbc, dt = zxbcdt.split([d_inner, channels, A.shape[0]], -1)
     extended = torch.cat([state.conv.detach().to(xbc.dtype), xbc], 1)
     xbc = causal_conv1d(extended, conv1d_weight, conv1d_bias, "silu")[:, width - 1 :]
-    y, ssm = state_space_dual_with_state(
-        **_dual_arguments(xbc, dt, A, D, dt_bias, headdim, ngroups, d_state, chunk_size),
-        initial_state=state.ssm.detach(),
-    )
+    arguments = _dual_arguments(xbc, dt, A, D, dt_bias, headdim, ngroups, d_state, chunk_size)
+    if lengths is not None:
+        arguments.update(dt=standing_still(dt, dt_bias, lengths), dt_bias=None, dt_softplus=False)
+    y, ssm = state_space_dual_with_state(**arguments, initial_state=state.ssm.detach())
     y = gated_rms_norm(y.flatten(-2), z, norm_weight, norm_eps, ngroups)
-    return y, MambaState(extended[:, extended.shape[1] - width + 1 :].detach(), ssm.detach())
+    return y, MambaState(latest(extended, width - 1, lengths).detach(), ssm.detach())
 
 
 def _dual_arguments(

@@ -73,15 +73,19 @@ def mamba_block(hidden: Tensor, weights: MambaWeights) -> Tensor:
 
 
 def mamba_block_with_state(
-    hidden: Tensor, weights: MambaWeights, state: MambaState | None
+    hidden: Tensor, weights: MambaWeights, state: MambaState | None, lengths: Tensor | None = None
 ) -> tuple[Tensor, MambaState]:
     """:func:`mamba_block` of a part of a sequence, from the state before it (None: the beginning) to that after it.
 
     Parts of any lengths, one after the other, give the outputs of the whole. No gradient passes from a part to the part
     before it: that is truncated back-propagation, in the memory of one part.
+
+    Args:
+        lengths: ``[batch]``, the steps of each row that are not pads (on the right), 0 to L: the state after the part
+            is that after them. All if None.
     """
     implementation = backend.choose("mamba_block", hidden)
-    if implementation == "native" and _feeds_all_threads(hidden):
+    if lengths is None and implementation == "native" and _feeds_all_threads(hidden):
         from recbole_holo.ops._mamba_native import mamba_native  # compiles, so only when it is needed
 
         state, dtype = None if state is None else MambaState(*(t.detach() for t in state)), backend.product_type(hidden)
@@ -93,9 +97,28 @@ def mamba_block_with_state(
     extended = torch.cat([before, x], 1)
     x = causal_conv1d(extended, weights.conv1d_weight, weights.conv1d_bias, "silu")[:, earlier:]
     ssm = None if state is None else state.ssm.detach()
-    y, ssm = selective_scan_with_state(**_scan_arguments(x, z, weights), initial_state=ssm)
+    arguments = _scan_arguments(x, z, weights)
+    if lengths is not None:
+        delta = standing_still(arguments["delta"], arguments["delta_bias"], lengths)
+        arguments.update(delta=delta, delta_bias=None, delta_softplus=False)
+    y, ssm = selective_scan_with_state(**arguments, initial_state=ssm)
     out = F.linear(y, weights.out_proj_weight, weights.out_proj_bias)
-    return out, MambaState(extended[:, extended.shape[1] - earlier :].detach(), ssm.detach())
+    return out, MambaState(latest(extended, earlier, lengths).detach(), ssm.detach())
+
+
+def standing_still(delta: Tensor, bias: Tensor, lengths: Tensor) -> Tensor:
+    """Step sizes ``[batch, L, channels]`` of a scan, 0 from ``lengths [batch]`` on, where nothing changes."""
+    valid = torch.arange(delta.shape[1], device=delta.device) < lengths.unsqueeze(-1)
+    with backend.without_autocast(delta):
+        return F.softplus(backend.working(delta) + bias) * valid.unsqueeze(-1)
+
+
+def latest(extended: Tensor, count: int, lengths: Tensor | None) -> Tensor:
+    """The last ``count`` steps of ``[batch, count + L, channels]``, or with ``lengths`` the last of count + lengths."""
+    if lengths is None:
+        return extended[:, extended.shape[1] - count :]
+    at = lengths.unsqueeze(-1) + torch.arange(count, device=lengths.device)
+    return extended.gather(1, at.unsqueeze(-1).expand(-1, -1, extended.shape[2]))
 
 
 def _scan_arguments(x: Tensor, z: Tensor, weights: MambaWeights) -> dict[str, Any]:

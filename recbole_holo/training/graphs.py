@@ -19,7 +19,7 @@ MOST_POSITIONS = 2**15  # of a batch; beyond, kernels take longer than their lau
 
 
 class EncoderGraphs:
-    """Replays ``model.encode`` and its backward pass from CUDA graphs, one pair for each shape of a batch.
+    """Replays ``model.hidden_states`` and its backward pass from CUDA graphs, one pair for each shape of a batch.
 
     A training step of a small recommender is hundreds of kernels of a few microseconds each, nearly all of them in the
     encoder; replaying is two launches. What is left runs as ever: the batch, the loss (whose number of targets changes
@@ -67,22 +67,22 @@ class EncoderGraphs:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """``model.encode`` replays graphs inside the block, which is for training mode only."""
-        eager = self.model.encode
+        """``model.hidden_states`` replays graphs inside the block, which is for training mode only."""
+        eager = self.model.hidden_states
 
-        def encode(item_seq: Tensor) -> Tensor:
+        def hidden_states(item_seq: Tensor) -> Tensor:
             if self._failed or len(item_seq) != self.batch_rows:
                 return eager(item_seq)
             if item_seq.shape[1] not in self._encoders:
                 self._capture(eager, item_seq)
-                return encode(item_seq)
+                return hidden_states(item_seq)
             return self._encoders[item_seq.shape[1]](item_seq)
 
-        object.__setattr__(self.model, "encode", encode)
+        object.__setattr__(self.model, "hidden_states", hidden_states)
         try:
             yield
         finally:
-            object.__delattr__(self.model, "encode")
+            object.__delattr__(self.model, "hidden_states")
 
     def _capture(self, eager: Callable[[Tensor], Tensor], item_seq: Tensor) -> None:
         state = torch.cuda.get_rng_state(item_seq.device)
@@ -100,7 +100,7 @@ class EncoderGraphs:
 
 
 class _Encoder(nn.Module):
-    """One call of ``encode`` as the module that capturing wants, with the model's parameters."""
+    """One call of ``hidden_states`` as the module that capturing wants, with the model's parameters."""
 
     def __init__(self, model: nn.Module, encode: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -363,11 +363,11 @@ def test_a_model_that_peeks_at_the_target_gets_nothing(cyclic_dataset: str, tiny
 
     history = next(iter(train))["item_id_list"][:1, :4]
     elsewhere = torch.tensor(sorted(set(range(1, model.n_items)) - set(history.flatten().tolist())))
-    hidden = model.encode(history)
+    hidden = model.hidden_states(history)
     model.binding.attributes[0].index[elsewhere] = 1  # what items outside the history are like
-    assert torch.equal(model.encode(history), hidden)
+    assert torch.equal(model.hidden_states(history), hidden)
     model.binding.attributes[0].index[history] = 2
-    assert not torch.equal(model.encode(history), hidden)
+    assert not torch.equal(model.hidden_states(history), hidden)
 
 
 def test_the_interaction_matrix_equals_recboles(sorted_ml100k: str) -> None:

@@ -56,15 +56,15 @@ def test_a_compressed_model_scores_as_the_model_does(name, settings):
     model, seq = build_tiny(name, hidden_size=32, n_items=200, binding="both", **settings), histories(200)
     with torch.no_grad():
         model.item_embedding.weight.mul_(20)
-        scores = model.score_all(model.encode(seq)[:, 3])
+        scores = model.score_all(model.hidden_states(seq)[:, 3])
         for bits, tolerance in ((32, 1e-5), (16, 0.04), (8, 0.06)):
             small = compress(model, Compression(bits, bits))
-            found = small.score_all(small.encode(seq)[:, 3])
+            found = small.score_all(small.hidden_states(seq)[:, 3])
             assert (found - scores).norm() < tolerance * scores.norm()
             items = torch.tensor([4, 9, 3, 3])
-            pairs = small.score_pairs(small.encode(seq)[:, 3], items)
+            pairs = small.score_pairs(small.hidden_states(seq)[:, 3], items)
             torch.testing.assert_close(pairs, found.gather(1, items[:, None])[:, 0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(model.score_all(model.encode(seq)[:, 3]), scores)  # the model is as it was
+        torch.testing.assert_close(model.score_all(model.hidden_states(seq)[:, 3]), scores)  # the model is as it was
     assert not any(p.requires_grad for p in small.parameters())
 
 
@@ -119,10 +119,10 @@ def test_truncation_drops_exactly_what_a_dead_state_held():
     with torch.no_grad():
         for layer in model.layers:
             layer.mamba.x_proj.weight[layer.mamba.dt_rank + 3] = 0
-        hidden = model.encode(seq)
+        hidden = model.hidden_states(seq)
         small = compress(model, Compression(32, 32, states=7), seq)
         assert [layer.mamba.A_log.shape[1] for layer in small.layers] == [7] * len(small.layers)
-        torch.testing.assert_close(small.encode(seq), hidden, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(small.hidden_states(seq), hidden, rtol=1e-4, atol=1e-6)
     dropped = sum(layer.mamba.d_inner + 2 * layer.mamba.d_inner for layer in model.layers)
     assert stored_bytes(small) == stored_bytes(compress(model, Compression(32, 32))) - 4 * dropped
 

@@ -43,7 +43,7 @@ def test_every_position_is_recboles_sasrec_of_that_prefix(hidden_act):
     recbole = recboles(hidden_act=hidden_act)
     model = equipped("SequenceSASRec", recbole, hidden_act=hidden_act)
     seq = histories(lengths=[12, *LENGTHS])
-    hidden = model.encode(seq)
+    hidden = model.hidden_states(seq)
     for t in range(12):
         rows = seq[:, t] > 0
         padded = F.pad(seq[rows, : t + 1], (0, 11 - t))  # RecBole's rows have MAX_ITEM_LIST_LENGTH places, always
@@ -87,15 +87,15 @@ def test_pre_norm_keeps_the_residual_stream_bare():
     weights = scores.masked_fill(torch.ones(6, 6).triu(1) > 0, -torch.inf).softmax(-1)
     h = h + attention.dense(torch.einsum("bhlm,bmhw->blhw", weights, v).flatten(-2))
     h = h + ffn.dense_2(F.gelu(ffn.dense_1(ffn.LayerNorm(h))))
-    torch.testing.assert_close(model.encode(seq), model.final_norm(h))
+    torch.testing.assert_close(model.hidden_states(seq), model.final_norm(h))
 
 
 def test_attention_weights_are_dropped_in_training_only():
     model = build_tiny("SequenceSASRec", **{**SETTINGS, "attn_dropout_prob": 0.5})
     seq = histories()
-    assert torch.equal(model.encode(seq), model.encode(seq))
+    assert torch.equal(model.hidden_states(seq), model.hidden_states(seq))
     model.train()
-    assert not torch.allclose(model.encode(seq), model.encode(seq))
+    assert not torch.allclose(model.hidden_states(seq), model.hidden_states(seq))
 
 
 def test_without_attention_dropout_no_matrix_of_positions_is_kept():
@@ -134,7 +134,7 @@ def test_linrec_is_sasrec_with_the_published_attention(key_norm, monkeypatch):
     model = equipped("LinRec_paper", recbole, key_norm=key_norm)
     seq = histories(lengths=[12, 12])
     expected = recbole.forward(seq, torch.tensor([12, 12]))
-    torch.testing.assert_close(model.encode(seq)[:, -1], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.hidden_states(seq)[:, -1], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("key_norm", ["column", "position"])
@@ -155,7 +155,7 @@ def test_only_the_causal_form_is_blind_to_later_items(key_norm):
     changed[:, 5:] = (seq[:, 5:] + 10) % 29 + 1
     for preset, blind in (("LinRec", True), ("LinRec_paper", False)):
         model = build_tiny(preset, key_norm=key_norm)
-        before, after = model.encode(seq)[:, :5], model.encode(changed)[:, :5]
+        before, after = model.hidden_states(seq)[:, :5], model.hidden_states(changed)[:, :5]
         assert torch.allclose(before, after, rtol=1e-5, atol=1e-6) is blind
 
 
@@ -171,6 +171,6 @@ def test_linrec_on_a_window_of_several_chunks():
     """The chunks of the attention's causal form do not show in the model."""
     model = build_tiny("LinRec", MAX_ITEM_LIST_LENGTH=200)
     seq = histories(lengths=[200, 200])
-    hidden = model.encode(seq)
+    hidden = model.hidden_states(seq)
     for t in (63, 64, 129, 198):
-        torch.testing.assert_close(model.encode(seq[:, : t + 1])[:, t], hidden[:, t], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model.hidden_states(seq[:, : t + 1])[:, t], hidden[:, t], rtol=1e-4, atol=1e-5)

@@ -22,11 +22,11 @@ def model(request):
 
 def reads_the_future(model, seq) -> bool:
     """Whether a change of later items moves the state of an earlier position."""
-    hidden = model.encode(seq)
+    hidden = model.hidden_states(seq)
     for t in range(seq.shape[1] - 1):
         changed = seq.clone()
         changed[:, t + 1 :] = (seq[:, t + 1 :] + 10) % 29 + 1
-        if not torch.allclose(model.encode(changed)[:, : t + 1], hidden[:, : t + 1], rtol=1e-4, atol=1e-6):
+        if not torch.allclose(model.hidden_states(changed)[:, : t + 1], hidden[:, : t + 1], rtol=1e-4, atol=1e-6):
             return True
     return False
 
@@ -59,7 +59,7 @@ def test_shuffled_future_items_do_not_change_the_loss(model):
 
 
 def test_every_position_that_has_a_window_behind_it_predicts(model):
-    hidden = model.encode(histories(lengths=LENGTHS, width=14))
+    hidden = model.hidden_states(histories(lengths=LENGTHS, width=14))
     first = hidden[0].abs().sum(-1) > 0  # of fourteen events four windows of three are bundled
     assert first.tolist() == [False, False] + [True] * 12
     assert (hidden[3, :3].abs().sum(-1) > 0).all()  # three events: all recent
@@ -67,9 +67,9 @@ def test_every_position_that_has_a_window_behind_it_predicts(model):
 
 def test_pads_and_companions_change_nothing(model):
     seq = histories(lengths=LENGTHS)
-    hidden, longer = model.encode(seq), model.encode(F.pad(seq, (0, 4)))
+    hidden, longer = model.hidden_states(seq), model.hidden_states(F.pad(seq, (0, 4)))
     for row, length in enumerate(LENGTHS):
-        alone = model.encode(seq[row : row + 1, :length])
+        alone = model.hidden_states(seq[row : row + 1, :length])
         for other in (longer[row, :length], alone[0]):
             torch.testing.assert_close(other, hidden[row, :length], rtol=1e-4, atol=1e-6)
 
@@ -77,7 +77,7 @@ def test_pads_and_companions_change_nothing(model):
 def test_training_and_scoring_see_the_same_last_state(model):
     """The last position of a training row is the state that a history of that length is scored by."""
     seq = histories(lengths=[14, 14])
-    last = model.encode(seq)[:, -1]
+    last = model.hidden_states(seq)[:, -1]
     torch.testing.assert_close(model.forward(seq, torch.tensor([14, 14])), last, rtol=0, atol=0)
     loss = model.calculate_loss(prefix(model, seq, torch.tensor([3, 5])))
     rows = whole(model, seq)
@@ -90,14 +90,14 @@ def test_one_model_runs_at_several_sizes(model):
     seq, seen = histories(lengths=[14, 14]), []
     for size in (1, 2, 3):
         model.bundling.size = size
-        seen.append(model.encode(seq))
+        seen.append(model.hidden_states(seq))
     assert not any(torch.allclose(a, b) for a, b in ((seen[0], seen[1]), (seen[1], seen[2])))
     unbundled = build_tiny(type(model).__name__, **{**BUNDLED, "bundle_size": 1})
     unbundled.load_state_dict({k: v for k, v in model.state_dict().items() if k != "bundling.roles"})
-    torch.testing.assert_close(seen[0], unbundled.encode(seq), rtol=0, atol=0)
+    torch.testing.assert_close(seen[0], unbundled.hidden_states(seq), rtol=0, atol=0)
     inference = build_tiny(type(model).__name__, **BUNDLED, bundle_inference=2)
     inference.load_state_dict(model.state_dict())
-    torch.testing.assert_close(inference.encode(seq), seen[1], rtol=0, atol=0)
+    torch.testing.assert_close(inference.hidden_states(seq), seen[1], rtol=0, atol=0)
 
 
 def test_gradients_reach_the_roles_and_everything_else(model):

@@ -61,11 +61,11 @@ def step(model) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_reads_attributes(name, binding):
     model, seq = make(name, binding=binding).eval(), histories()
-    before = model.encode(seq)
+    before = model.hidden_states(seq)
     with torch.no_grad():
         for vectors in model.binding.attributes:
             vectors.embedding.weight.mul_(-1.5)
-    after = model.encode(seq)
+    after = model.hidden_states(seq)
     assert (before - after).abs().amax(-1)[seq > 0].gt(1e-6).all()
     model.train().calculate_loss(batch(model)).backward()
     assert all(p.grad.abs().sum() > 0 for p in model.binding.parameters())
@@ -83,13 +83,13 @@ def test_without_a_binding_attributes_are_not_read(name):
 def test_the_folded_table_is_the_bound_one_and_follows_training(binding, tie_weights):
     model, seq = make("HoloMambaRec", binding=binding, bind_output=True, tie_weights=tie_weights).eval(), histories()
     for _ in range(2):
-        hidden, scores = model.encode(seq), model.score_all(model.encode(seq)[:, 3])
+        hidden, scores = model.hidden_states(seq), model.score_all(model.hidden_states(seq)[:, 3])
         with torch.no_grad():
-            torch.testing.assert_close(model.encode(seq), hidden, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(model.hidden_states(seq), hidden, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(model.score_all(hidden[:, 3]), scores, rtol=1e-5, atol=1e-5)
             assert model.item_vectors() is model.item_vectors()  # computed once
         step(model)
-        assert not torch.allclose(model.encode(seq), hidden)
+        assert not torch.allclose(model.hidden_states(seq), hidden)
     assert not any("folded" in name for name in model.state_dict())
 
 

@@ -74,23 +74,23 @@ def test_hydra_default_heads_are_cheaper_than_one_wide_head():
 # ---------------------------------------------------------------------- one meaning of positions
 def test_a_position_sees_no_later_item(preset):
     model, seq = build_tiny(preset), histories(lengths=[9, 9])
-    hidden = model.encode(seq)
+    hidden = model.hidden_states(seq)
     assert hidden.shape == (2, 9, 16)
     assert hidden.isfinite().all()
     for t in (0, 3, 7):
         changed = seq.clone()
         changed[:, t + 1 :] = (seq[:, t + 1 :] + 10) % 29 + 1
-        other = model.encode(changed)
+        other = model.hidden_states(changed)
         torch.testing.assert_close(other[:, : t + 1], hidden[:, : t + 1], rtol=1e-5, atol=1e-6)
         assert (other[:, t + 1 :] - hidden[:, t + 1 :]).abs().amax(-1).gt(1e-7).all()
 
 
 def test_pads_and_batch_companions_change_nothing(any_preset):
     model, seq = build_tiny(any_preset), histories()
-    hidden = model.encode(seq)
-    longer = model.encode(F.pad(seq, (0, 3)))
+    hidden = model.hidden_states(seq)
+    longer = model.hidden_states(F.pad(seq, (0, 3)))
     for row, length in enumerate(LENGTHS):
-        alone = model.encode(seq[row : row + 1, :length])
+        alone = model.hidden_states(seq[row : row + 1, :length])
         for other in (longer[row, :length], alone[0]):
             torch.testing.assert_close(other, hidden[row, :length], rtol=1e-5, atol=1e-6)
 
@@ -98,7 +98,7 @@ def test_pads_and_batch_companions_change_nothing(any_preset):
 def test_forward_is_encode_at_the_last_item(any_preset):
     model, seq = build_tiny(any_preset), histories()
     lengths = torch.tensor(LENGTHS)
-    expected = model.encode(seq)[torch.arange(len(LENGTHS)), lengths - 1]
+    expected = model.hidden_states(seq)[torch.arange(len(LENGTHS)), lengths - 1]
     torch.testing.assert_close(model.forward(seq, lengths), expected, rtol=0, atol=0)
 
 
@@ -182,9 +182,9 @@ def test_the_temperature_is_learned_when_asked():
 
 def test_state_dict_round_trip(any_preset):
     model, other, seq = build_tiny(any_preset), build_tiny(any_preset, seed=7), histories()
-    assert not torch.equal(model.encode(seq), other.encode(seq))
+    assert not torch.equal(model.hidden_states(seq), other.hidden_states(seq))
     other.load_state_dict(model.state_dict())
-    assert torch.equal(model.encode(seq), other.encode(seq))
+    assert torch.equal(model.hidden_states(seq), other.hidden_states(seq))
 
 
 # ---------------------------------------------------------------------- initialisation
@@ -285,12 +285,12 @@ def test_a_bad_setting_is_named(name, field, overrides):
 
 def test_learned_positions_refuse_longer_sequences():
     model = build_tiny("RecMamba_paper")
-    model.encode(histories(lengths=[12]))
+    model.hidden_states(histories(lengths=[12]))
     with pytest.raises(ConfigError, match=r"MAX_ITEM_LIST_LENGTH: 12 .* sequence of 13"):
-        model.encode(histories(lengths=[13]))
-    build_tiny("RecMamba").encode(histories(lengths=[40]))
+        model.hidden_states(histories(lengths=[13]))
+    build_tiny("RecMamba").hidden_states(histories(lengths=[40]))
     with pytest.raises(ConfigError, match=r"MAX_ITEM_LIST_LENGTH: 12 .* sequence of 13"):
-        build_tiny("SequenceSASRec").encode(histories(lengths=[13]))
+        build_tiny("SequenceSASRec").hidden_states(histories(lengths=[13]))
 
 
 @pytest.mark.parametrize("norm", ["none", "pre", "post"])
@@ -307,7 +307,7 @@ def test_recmamba_layer_is_what_its_settings_say(norm, residual, ffn):
         out = branch(normed(x)) if norm == "pre" else branch(x)
         out = x + out if residual else out
         x = normed(out) if norm == "post" else out
-    torch.testing.assert_close(model.encode(seq), model.final_norm(x))
+    torch.testing.assert_close(model.hidden_states(seq), model.final_norm(x))
     assert isinstance(model.final_norm, nn.LayerNorm if norm == "pre" else nn.Identity)
 
 
@@ -329,7 +329,7 @@ def test_hydra_block_follows_its_equations():
     z = F.silu(latent.w_z(n)).view(2, 7, 4, 4)
     gated = torch.cat([latent.mamba(x)[:, :, i] * rotary(z[:, :, i]) for i in range(4)], dim=-1)
     h = h + latent.w_o(gated)
-    torch.testing.assert_close(model.encode(seq), h + block.ffn(block.ffn_norm(h)))
+    torch.testing.assert_close(model.hidden_states(seq), h + block.ffn(block.ffn_norm(h)))
 
 
 def test_hydra_heads_are_independent():
@@ -414,8 +414,8 @@ def test_a_batch_of_prefixes_is_encoded_in_groups_of_nearly_one_length(preset, m
     whole_loss = model.loss(model.forward(seq, length), target)
     wanted = torch.autograd.grad(whole_loss, parameters, allow_unused=True)
 
-    positions, encode = [], model.encode
-    monkeypatch.setattr(model, "encode", lambda item_seq: positions.append(item_seq.numel()) or encode(item_seq))
+    positions, encode = [], model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda item_seq: positions.append(item_seq.numel()) or encode(item_seq))
     torch.manual_seed(1)
     loss = model.calculate_loss(batch)
     torch.testing.assert_close(loss, whole_loss, atol=1e-5, rtol=1e-5)

@@ -25,7 +25,7 @@ def batch(n_items: int = 30, lengths: tuple[int, ...] = (70, 33, 1, 5)) -> tuple
 
 
 def loss_and_gradients(model, items, targets) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    hidden = model.encode(items)
+    hidden = model.hidden_states(items)
     supervised = targets > 0
     scores = model.score_all(hidden[supervised])
     loss = torch.nn.functional.cross_entropy(scores, targets[supervised])  # no random negatives
@@ -62,7 +62,7 @@ def test_a_model_trained_on_cuda_scores_the_same_on_a_cpu(preset: str) -> None:
     model.train()
     for _ in range(3):
         optimizer.zero_grad()
-        model.loss(model.encode(items)[targets > 0], targets[targets > 0]).backward()
+        model.loss(model.hidden_states(items)[targets > 0], targets[targets > 0]).backward()
         optimizer.step()
     model.eval()
     on_cpu = build_tiny(preset, seed=1, **SIZES)

@@ -195,7 +195,7 @@ def test_each_shape_of_full_batches_is_captured_once(
     trainer.fit(train, saved=False, verbose=False)
     assert train.round_width_to == 8
     assert sorted(captured) == [(6, 8), (6, 10)]
-    assert "encode" not in vars(trainer.model)
+    assert "hidden_states" not in vars(trainer.model)
     for (name, p), other in zip(trainer.model.named_parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(p, other, rtol=1e-2, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -222,4 +222,4 @@ def test_a_failed_capture_is_a_warning_or_an_error(
         else:
             with pytest.raises(RuntimeError, match="not permitted"):
                 trainer.fit(train, saved=False, verbose=False)
-    assert "encode" not in vars(trainer.model)
+    assert "hidden_states" not in vars(trainer.model)

@@ -31,6 +31,7 @@ SOURCES = (
     "ssd.cpp",
     "mamba2.cpp",
     "convolution.cpp",
+    "step.cpp",
 )
 LOG2_E = 1.4426950408889634  # the kernels take decays as powers of two
 COMPILERS = ("c++", "g++", "clang++")
@@ -139,9 +140,10 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def structure(name: str, numbers: str, pointers: str = "") -> type[ctypes.Structure]:
-    """A C struct of 64-bit integers, then pointers."""
-    fields = [(field, ctypes.c_int64) for field in numbers.split()] + [(f, ctypes.c_void_p) for f in pointers.split()]
+def structure(name: str, numbers: str, pointers: str = "", floats: str = "") -> type[ctypes.Structure]:
+    """A C struct of 64-bit integers, then floats, then pointers."""
+    kinds = ((numbers, ctypes.c_int64), (floats, ctypes.c_float), (pointers, ctypes.c_void_p))
+    fields = [(field, kind) for names, kind in kinds for field in names.split()]
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
