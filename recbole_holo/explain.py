@@ -7,11 +7,9 @@ those of the data set's files.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +17,10 @@ from tabulate import tabulate
 from torch import Tensor
 
 from recbole_holo.bridge.checkpoint import CheckpointError
-from recbole_holo.errors import ConfigError, DataError, nearest_names
+from recbole_holo.data.catalogue import Catalogue
+from recbole_holo.errors import ConfigError, DataError
 from recbole_holo.ops.circular_convolution import unbind
 from recbole_holo.ops.cleanup import cleanup
-
-TITLES = ("title", "movie_title", "name")  # columns of an .item file that people read items by
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Reading:
     attribute: str
     value: str
     similarity: float
-    own: float
+    own: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def explain(
 
     Args:
         model: of this package, with a ``binding``.
-        dataset: the one it was trained on, as :func:`~recbole_holo.quick_start.load_data_and_model` gives it.
+        dataset: the one it was trained on, or its :class:`~recbole_holo.data.catalogue.Catalogue`.
         item: id in the data set's files; or
         history: such ids, oldest first.
         k: values an attribute.
@@ -83,74 +80,69 @@ def explain(
         ConfigError: a model that binds no attributes.
         DataError: an item that the data set does not have.
     """
+    binding = _checked_binding(model)
+    if (item is None) == (history is None):
+        raise ConfigError("item, history", (item, history), "give one of the two")
+    model.eval()
+    items = Catalogue.of(dataset)
+    given = [item] if item is not None else list(history or [])
+    if not given:
+        raise DataError(f"{items.iid_field}: an empty history says nothing; give at least one item")
+    ids = torch.tensor([items.number(token) for token in given], device=model.item_embedding.weight.device)
+    of = " | ".join(items.title(number) for number in ids.tolist())
+    if item is not None:
+        readings = _read(model, model.embed_items(ids[0]), model.item_embedding.weight[ids[0]], k)
+    else:
+        hidden = model.forward(ids.unsqueeze(0), torch.tensor([len(ids)], device=ids.device))[0]
+        readings = readings_of(model, hidden, k)
+    shares = {vectors.name: vectors.index[ids].reshape(len(ids), -1) for vectors in binding.attributes}
+    numbers = {vectors.name: {label: n for n, label in enumerate(vectors.labels)} for vectors in binding.attributes}
+
+    def share(reading: Reading) -> float:
+        number = numbers[reading.attribute][reading.value]
+        return (shares[reading.attribute] == number).any(-1).double().mean().item()
+
+    return Explanation(of, [replace(reading, own=share(reading)) for reading in readings], item is not None)
+
+
+def readings_of(model: Any, hidden: Tensor, k: int = 3) -> list[Reading]:
+    """The values of each attribute that a hidden state ``[d]`` holds most strongly (see :func:`explain`), without
+    what they are compared with."""
+    return _read(model, *_expected(model, hidden), k)
+
+
+def _checked_binding(model: Any) -> Any:
     binding = getattr(model, "binding", None)
     if binding is None or binding.form == "concat":
         remedy = "only vectors that attributes are bound into can be read back: train with item_attributes and binding"
         raise ConfigError("binding", getattr(binding, "form", None), remedy)
-    if (item is None) == (history is None):
-        raise ConfigError("item, history", (item, history), "give one of the two")
-    model.eval()
-    ids = _ids(dataset, [item] if item is not None else history or [])
-    table = model.item_embedding.weight
-    titles = item_titles(dataset)
-    if item is not None:
-        vector, own = model.embed_items(ids[0]), table[ids[0]]
-        of = titles.get(item, item)
-    else:
-        vector, own = _expected(model, ids)
-        of = " | ".join(titles.get(token, token) for token in history or [])
-    readings = []
+    return binding
+
+
+def _read(model: Any, vector: Tensor, own: Tensor, k: int) -> list[Reading]:
+    """From a bound vector ``[d]``, and the item's own part of it."""
+    binding, readings = model.binding, []
     values = binding.roles_and_values()[1]
     for vectors, key, known in zip(binding.attributes, binding.keys(own), values, strict=True):
         cosines, numbers = cleanup(unbind(vector, key, binding.scale), known[1:], k)
-        held = vectors.index[ids].reshape(len(ids), -1)
-        for cosine, number in zip(cosines.tolist(), (numbers + 1).tolist(), strict=True):
-            share = (held == number).any(-1).double().mean().item()
-            readings.append(Reading(vectors.name, vectors.labels[number], cosine, share))
-    return Explanation(of, readings, item is not None)
+        labels = (vectors.labels[number + 1] for number in numbers.tolist())
+        readings += [
+            Reading(vectors.name, label, cosine) for label, cosine in zip(labels, cosines.tolist(), strict=True)
+        ]
+    return readings
 
 
-def _expected(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a history: what is expected next as a bound vector, and the item's own part of it, ``[d]`` each."""
-    hidden = model.forward(ids.unsqueeze(0), torch.tensor([len(ids)], device=ids.device))
-    chances = (model.score_all(hidden)[0] / model.log_temperature.exp())[1:].softmax(-1)
-    every = torch.arange(1, model.n_items, device=ids.device)
+def _expected(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a hidden state: what is expected next as a bound vector, and the item's own part of it, ``[d]`` each."""
+    chances = (model.score_all(hidden.unsqueeze(0))[0] / model.log_temperature.exp())[1:].softmax(-1)
+    every = torch.arange(1, model.n_items, device=hidden.device)
     own = chances @ model.item_embedding.weight[1:]
-    return hidden[0] if model.bind_output and model.head is None else chances @ model.embed_items(every), own
-
-
-def _ids(dataset: Any, tokens: Sequence[str]) -> Tensor:
-    field = dataset.iid_field
-    known = dataset.field2token_id[field]
-    for token in tokens:
-        if token not in known:
-            close = nearest_names(token, list(known))
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise DataError(f"{field}: {dataset.dataset_name!r} has no item {token!r}{hint}")
-    if not tokens:
-        raise DataError(f"{field}: an empty history says nothing; give at least one item")
-    return torch.tensor([known[token] for token in tokens], device=dataset.config["device"])
-
-
-def item_titles(dataset: Any) -> dict[str, str]:
-    """Item id → title, from the data set's ``.item`` file; empty where it has no column of titles."""
-    path = Path(dataset.dataset_path) / f"{dataset.dataset_name}.item"
-    if not path.exists():
-        return {}
-    config = dataset.config
-    with path.open(encoding=config["encoding"], newline="") as file:
-        rows = csv.reader(file, delimiter=config["field_separator"], quoting=csv.QUOTE_NONE)
-        header = [column.split(":")[0] for column in next(rows)]
-        title = next((header.index(name) for name in TITLES if name in header), None)
-        if title is None or dataset.iid_field not in header:
-            return {}
-        key = header.index(dataset.iid_field)
-        return {row[key]: row[title] for row in rows if len(row) == len(header)}
+    return hidden if model.bind_output and model.head is None else chances @ model.embed_items(every), own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; exit status 2 for input that cannot be used."""
-    from recbole_holo.quick_start import load_data_and_model
+    from recbole_holo.quick_start import load_model
 
     flags = argparse.ArgumentParser(prog="python -m recbole_holo.explain", description=(__doc__ or "").split("\n")[0])
     flags.add_argument("--checkpoint", required=True, help="file written by a run")
@@ -159,9 +151,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--k", type=int, default=3, help="values an attribute")
     args = flags.parse_args(argv)
     try:
-        _, model, dataset, *_ = load_data_and_model(args.checkpoint, state="ERROR")
+        model, items = load_model(args.checkpoint)
         history = None if args.history is None else args.history.split("|")
-        print(explain(model, dataset, args.item, history, args.k))
+        print(explain(model, items, args.item, history, args.k))
     except (ConfigError, DataError, CheckpointError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

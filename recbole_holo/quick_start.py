@@ -16,6 +16,7 @@ from recbole.utils import init_logger, init_seed
 from recbole_holo.bridge import checkpoint, registry
 from recbole_holo.bridge.compat import quiet_recbole
 from recbole_holo.bridge.config import Config
+from recbole_holo.data.catalogue import Catalogue
 from recbole_holo.data.loader import create_dataset, data_preparation
 from recbole_holo.errors import ConfigError
 from recbole_holo.ops import backend
@@ -163,6 +164,33 @@ def load_data_and_model(
     model.load_other_parameter(checkpoint.unpack(state.get("other_parameter")))
     model.eval()
     return config, model, dataset, train_data, valid_data, test_data
+
+
+@quiet_recbole()
+def load_model(model_file: str | os.PathLike[str], device: str | torch.device | None = None) -> tuple[Any, Catalogue]:
+    """A model of this package to be served, and its items: from the checkpoint alone, without the data.
+
+    Args:
+        device: None = a GPU where there is one.
+
+    Raises:
+        CheckpointError: a broken file, a model of RecBole's own, or a checkpoint from before items were kept in it.
+    """
+    state = checkpoint.load(model_file)
+    if not state.get("catalogue"):
+        raise checkpoint.CheckpointError(
+            f"checkpoint: {os.fspath(model_file)!r} has no items' ids in it (a model of RecBole's own, or an earlier "
+            "version's): reload it with its data, load_data_and_model(), and use Recommender(model, dataset)"
+        )
+    saved, catalogue = state["config"], Catalogue.from_plain(state["catalogue"])
+    training_only = {"loss_type": "CE", "sparse_embedding": False, "cold_items": "train", "train_steps_at_once": None}
+    settings = {**saved["given"], **NO_PICKLES, **training_only, "resume": None}
+    config = Config(saved["model"], saved["dataset"], config_dict=settings, complete=True)
+    backend.set_backend(config["backend"])
+    with torch.random.fork_rng(devices=[]):  # what is drawn for a new model is loaded over
+        model = registry.get_model_class(config["model"])(config, catalogue)
+    model.load_state_dict(state["state_dict"])
+    return model.to(device or config["device"]).eval(), catalogue
 
 
 # ---------------------------------------------------------------------- shared steps

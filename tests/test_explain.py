@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from recbole_holo.data.catalogue import item_titles
 from recbole_holo.errors import ConfigError, DataError
-from recbole_holo.explain import explain, item_titles, main
+from recbole_holo.explain import explain, main
 from recbole_holo.ops import cleanup
 from recbole_holo.quick_start import load_data_and_model, run
 

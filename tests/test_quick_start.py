@@ -253,8 +253,8 @@ def test_uni_mode_repeats_candidates_and_encodes_once(cyclic_dataset: str, tiny:
     net = registry.get_model_class("RecMamba")(config, train.dataset)
     trainer = HoloTrainer(config, net)
     encoded = []
-    encode = net.encode
-    net.encode = lambda item_seq: encoded.append(len(item_seq)) or encode(item_seq)
+    hidden_states = net.hidden_states
+    net.hidden_states = lambda item_seq: encoded.append(len(item_seq)) or hidden_states(item_seq)
     first = trainer.evaluate(valid, load_best_model=False)
     assert sum(encoded) == len(valid.dataset)
     np.random.seed(123)

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from recbole_holo.bridge import checkpoint, registry
 from recbole_holo.bridge.config import overridden
 from recbole_holo.data.batches import SequenceTrainLoader
+from recbole_holo.data.catalogue import Catalogue
 from recbole_holo.errors import ConfigError, NonFiniteLoss
 from recbole_holo.model.base import SequenceRecommender
 from recbole_holo.model.state_space import StateSpaceRecommender
@@ -53,6 +54,7 @@ class SafeCheckpoints(Trainer):
         self._valid_result: dict[str, float] | None = None  # of the epoch that is being saved
         self.valid_scores: list[float] = []  # of every epoch with a validation
         self._resumed: dict[str, Any] | None = None
+        self._catalogue: dict[str, Any] | None = None
 
     # ------------------------------------------------------------------ saving and resuming
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
@@ -74,12 +76,19 @@ class SafeCheckpoints(Trainer):
                     "other_parameter": checkpoint.pack(self.model.other_parameter()),
                     "optimizer": self.optimizer.state_dict(),
                     "random_state": self._random_state(),
+                    "catalogue": self._items(),
                 },
                 path,
             )
         distributed.barrier()
         if verbose:
             self.logger.info(set_color("Saving current", "blue") + f": {path}")
+
+    def _items(self) -> dict[str, Any] | None:
+        """What serves a model without its data; of this package's models only."""
+        if self._catalogue is None and self._train_data is not None and registry.is_ours(self.config["model"]):
+            self._catalogue = Catalogue.of(self._train_data._dataset).plain()
+        return self._catalogue
 
     def _weights(self) -> dict[str, Any]:
         """What a checkpoint holds of the model's parameters and buffers."""

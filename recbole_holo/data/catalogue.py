@@ -1,0 +1,133 @@
+"""The items of a data set under their own ids: what a model needs to be served without its data."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recbole_holo.data.attributes import ItemAttribute
+from recbole_holo.errors import DataError, nearest_names
+
+TITLES = ("title", "movie_title", "name")  # columns of an .item file that people read items by
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Items as people and files name them. Stands in for a data set where a model is built to be served.
+
+    Args:
+        dataset_name: whose items these are.
+        iid_field: RecBole's name of the field of items.
+        tokens: id of each item in the data set's files; ``tokens[0]`` is the pad's.
+        titles: of each item, "" where there is none.
+        popularity: of each item, the users who have it in the training split, ``[n_items]``.
+        item_attributes: as the model binds them.
+    """
+
+    dataset_name: str
+    iid_field: str
+    tokens: list[str]
+    titles: list[str]
+    popularity: Tensor
+    item_attributes: dict[str, ItemAttribute] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, dataset: Any) -> Catalogue:
+        """Of a data set, best its training split: the popularity is counted in it."""
+        if isinstance(dataset, cls):
+            return dataset
+        tokens = [str(token) for token in dataset.field2id_token[dataset.iid_field]]
+        titles = item_titles(dataset)
+        counts = torch.from_numpy(dataset.inter_matrix("csr").getnnz(0)).long()
+        return cls(
+            dataset.dataset_name,
+            dataset.iid_field,
+            tokens,
+            [titles.get(token, "") for token in tokens],
+            counts,
+            dict(getattr(dataset, "item_attributes", {})),
+        )
+
+    # ------------------------------------------------------------------ in a checkpoint
+    def plain(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return fields | {"item_attributes": {name: vars(one) for name, one in self.item_attributes.items()}}
+
+    @classmethod
+    def from_plain(cls, saved: Mapping[str, Any]) -> Catalogue:
+        """The inverse of :meth:`plain`."""
+        given = {name: saved[name] for name in cls.__dataclass_fields__}
+        given["item_attributes"] = {n: ItemAttribute(**a) for n, a in given["item_attributes"].items()}
+        return cls(**given)
+
+    # ------------------------------------------------------------------ what a model reads of a data set
+    def num(self, field_name: str) -> int:
+        """Of items, the pad among them."""
+        if field_name != self.iid_field:
+            raise DataError(f"{field_name}: a catalogue knows only {self.iid_field}")
+        return len(self.tokens)
+
+    # ------------------------------------------------------------------ ids
+    @cached_property
+    def numbers(self) -> dict[str, int]:
+        """Item id in the data set's files → the model's number of it."""
+        return {token: number for number, token in enumerate(self.tokens) if number}
+
+    def number(self, token: str) -> int:
+        """The model's number of an item.
+
+        Raises:
+            DataError: no such item; the nearest ids are offered.
+        """
+        found = self.numbers.get(token)
+        if found is None:
+            close = nearest_names(token, list(self.numbers))
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise DataError(f"{self.iid_field}: {self.dataset_name!r} has no item {token!r}{hint}")
+        return found
+
+    def find(self, text: str) -> int:
+        """An item by its id or by its title, whatever the title's case.
+
+        Raises:
+            DataError: neither; the nearest titles are offered.
+        """
+        found = self.numbers.get(text) or self._by_title.get(text.lower())
+        if found is not None:
+            return found
+        close = nearest_names(text, [*self._by_title, *self.numbers])
+        offered = [self.title(self._by_title.get(name, self.numbers.get(name, 0))) for name in close]
+        hint = f"; did you mean {' or '.join(map(repr, offered))}?" if offered else ""
+        raise DataError(f"{self.dataset_name!r} has no item with the id or title {text!r}{hint}")
+
+    @cached_property
+    def _by_title(self) -> dict[str, int]:
+        return {title.lower(): number for number, title in enumerate(self.titles) if title}
+
+    def title(self, number: int) -> str:
+        """What to call an item: its title, or its id where it has none."""
+        return self.titles[number] or self.tokens[number]
+
+
+def item_titles(dataset: Any) -> dict[str, str]:
+    """Item id → title, from the data set's ``.item`` file; empty where it has no column of titles."""
+    path = Path(dataset.dataset_path) / f"{dataset.dataset_name}.item"
+    if not path.exists():
+        return {}
+    config = dataset.config
+    with path.open(encoding=config["encoding"], newline="") as file:
+        rows = csv.reader(file, delimiter=config["field_separator"], quoting=csv.QUOTE_NONE)
+        header = [column.split(":")[0] for column in next(rows)]
+        title = next((header.index(name) for name in TITLES if name in header), None)
+        if title is None or dataset.iid_field not in header:
+            return {}
+        key = header.index(dataset.iid_field)
+        return {row[key]: row[title] for row in rows if len(row) == len(header)}

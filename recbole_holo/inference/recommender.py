@@ -1,0 +1,485 @@
+"""A trained checkpoint as a recommender that a service can hold: an event in, the best items out, at constant cost."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
+
+from recbole_holo.data.catalogue import Catalogue
+from recbole_holo.errors import ConfigError
+from recbole_holo.explain import readings_of
+from recbole_holo.inference.records import Codec, Record, check_finite, event_key
+from recbole_holo.inference.retrieval import FaissIndex, best_of, top_items
+from recbole_holo.inference.stores import MemoryStore, StateStore, StoreError
+from recbole_holo.model.stepping import State, Stepping
+
+LATE = ("append", "skip")
+EVENT_IDS = 64  # of a user's latest events that a repeated one is looked for among
+TOGETHER = 32  # events of one user that are read in one pass
+POSITIONS = 2**17  # of histories that are encoded at a time
+
+
+@dataclass(frozen=True)
+class Event:
+    """A user and an item, by their ids.
+
+    Args:
+        timestamp: any numbers that grow with time; None = now, whatever the events before had.
+        id: of the event; one that the user's latest 64 events have changes nothing.
+    """
+
+    user: str
+    item: str
+    timestamp: float | None = None
+    id: str | None = None
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """One recommended item."""
+
+    item: str
+    title: str
+    score: float
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Recommendations:
+    """What is recommended, the best first.
+
+    Attributes:
+        basis: ``history``; or ``popularity`` where nothing is known of the user: the items that most users have.
+        unknown: items of the given history that the model does not know, and left out.
+    """
+
+    suggestions: list[Suggestion]
+    basis: str = "history"
+    user: str | None = None
+    unknown: list[str] = field(default_factory=list)
+
+    @property
+    def items(self) -> list[str]:
+        """Their ids."""
+        return [one.item for one in self.suggestions]
+
+    def __str__(self) -> str:
+        why = any(one.why for one in self.suggestions)
+        rows = [
+            [rank, one.item, one.title, f"{one.score:.3f}", *([one.why] if why else [])]
+            for rank, one in enumerate(self.suggestions, 1)
+        ]
+        return tabulate(rows, ["", "item", "title", "score", *(["why"] if why else [])], disable_numparse=True)
+
+
+class Recommender:
+    """Keeps a state of constant size for each user, and answers from it.
+
+    Thread-safe: calls may come from several threads; updates take turns.
+
+    **Unknown items** are skipped and reported, never guessed. **Unknown users** are recommended what most users have,
+    and the answer says so. Items that have no event in the training data are recommended by their attributes where the
+    model has learned to (``bind_output``, ``cold_items: attributes``).
+
+    **Order.** A state is moved on in the order in which events arrive. An event that is older than the user's latest is
+    *late*: ``append`` reads it as if it came now, ``skip`` leaves it out; either way it is counted. Only
+    :meth:`rebuild` puts history into its true order.
+
+    **Repetition.** An event with the id of one of the user's latest 64 events changes nothing.
+
+    **Seen items.** The latest ``remember`` distinct items of a user are kept beside the state, so that they need not be
+    recommended again. Everything that is kept has a fixed size, and so has the time of a call.
+
+    Args:
+        model: of this package, one that carries a state.
+        items: their catalogue, or the data set that the model was trained on.
+        store: where states are kept; None = in memory.
+        storage: of the numbers of a state, see :class:`~recbole_holo.inference.records.Codec`.
+        remember: items, see above.
+        late: ``append`` or ``skip``.
+        index: None = exact; or an index for a large catalogue.
+
+    Raises:
+        ConfigError: a model without a state, or a setting that cannot be used.
+        StoreError: the store holds states of another model, version or layout.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        items: Any,
+        store: StateStore | None = None,
+        storage: str = "float32",
+        remember: int = 1000,
+        late: str = "append",
+        index: FaissIndex | None = None,
+    ) -> None:
+        if not isinstance(model, Stepping):
+            remedy = "it reads the whole history for every answer; HoloMambaRec, Hydra, RecMamba and Mamba4Rec do not"
+            raise ConfigError("model", type(model).__name__, remedy)
+        if late not in LATE:
+            raise ConfigError("late", late, f"use {' or '.join(LATE)}")
+        if remember < 0:
+            raise ConfigError("remember", remember, "use 0 or more items")
+        self.model: Any = model.eval()
+        self.catalogue = Catalogue.of(items)
+        self.store = MemoryStore() if store is None else store
+        self.codec = Codec(model.state_layout(), storage)
+        self.remember, self.late, self.index = remember, late, index
+        self._device = next(model.parameters()).device
+        self._popular = self.catalogue.popularity[1:].argsort(descending=True, stable=True) + 1
+        self._lock = threading.RLock()
+        self.version = self._version()
+        self.stale = self.store.version not in (None, self.version)
+        if self.store.version is None:
+            self.store.replace(self.version, ())
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | os.PathLike[str],
+        store: StateStore | None = None,
+        device: str | torch.device | None = None,
+        index: str | None = None,
+        effort: int | None = None,
+        **options: Any,
+    ) -> Recommender:
+        """From a checkpoint alone: ids, titles and attributes of the items are in it.
+
+        Args:
+            device: None = a GPU where there is one.
+            index: kind of :class:`~recbole_holo.inference.retrieval.FaissIndex`, with its ``effort``.
+            options: as of the class.
+
+        Raises:
+            CheckpointError: not a checkpoint, or one without the items' ids, from before these were kept.
+        """
+        from recbole_holo.quick_start import load_model
+
+        model, catalogue = load_model(checkpoint, device)
+        built = None if index is None else FaissIndex(model, index, effort)
+        return cls(model, catalogue, store, index=built, **options)
+
+    # ------------------------------------------------------------------ events in
+    def update(self, user: str, item: str, timestamp: float | None = None, event_id: str | None = None) -> str:
+        """One event. Returns what became of it: ``applied``, ``late`` (and applied), ``skipped: late``,
+        ``skipped: repeated`` or ``skipped: unknown item``. When this returns, the state is stored."""
+        return self._apply([Event(user, item, timestamp, event_id)])[0]
+
+    def update_many(self, events: Iterable[Event], batch_size: int = 512, show_progress: bool = False) -> Counter[str]:
+        """Events in the order given, in batches of ``batch_size``, each stored at once: how many became what."""
+        outcomes: Counter[str] = Counter()
+        for batch in _batches(tqdm(events, desc="events", unit="event", disable=not show_progress), batch_size):
+            outcomes.update(self._apply(batch))
+        return outcomes
+
+    def rebuild(
+        self, histories: Iterable[tuple[str, Sequence[str]]], total: int | None = None, show_progress: bool = True
+    ) -> Counter[str]:
+        """States from whole histories ``(user, items in the order of time)``, encoded in parallel, in the place of all
+        states in the store; until all are made, the store is as before.
+
+        Returns:
+            how many events were ``applied``, and ``skipped: unknown item``.
+        """
+        outcomes: Counter[str] = Counter()
+        bar = tqdm(histories, desc="histories", unit="user", total=total, disable=not show_progress)
+        with self._lock:
+            self.store.replace(self.version, (self._encoded(part, outcomes) for part in _batches(bar, 4096)))
+            self.stale = False
+        return outcomes
+
+    # ------------------------------------------------------------------ recommendations out
+    def recommend(
+        self,
+        user: str | None = None,
+        k: int = 10,
+        history: Sequence[str] | None = None,
+        exclude_seen: bool = True,
+        candidates: Sequence[str] | None = None,
+        why: bool = False,
+    ) -> Recommendations:
+        """The k best items for a user whose events came before, or for a history of items, oldest first.
+
+        Args:
+            exclude_seen: leave out what the user has (of a stored user, the latest ``remember`` items).
+            candidates: only these.
+            why: with what each item has of what the state holds most strongly (models with bound attributes).
+
+        Raises:
+            DataError: a candidate that the model does not know; neither a user nor a history.
+            StateError: the user's state is damaged.
+        """
+        if (user is None) == (history is None):
+            raise ConfigError("user, history", (user, history), "give one of the two")
+        if history is None:
+            assert user is not None
+            return self.recommend_many([user], k, exclude_seen, candidates, why)[0]
+        numbers = [self.catalogue.numbers.get(item, 0) for item in history]
+        unknown = [item for item, number in zip(history, numbers, strict=True) if not number]
+        known = np.array([number for number in numbers if number], dtype=np.int32)
+        hidden = self._hidden_of([known])
+        return self._answer([None], hidden, [known], [len(known) > 0], k, exclude_seen, candidates, why, unknown)[0]
+
+    def recommend_many(
+        self,
+        users: Sequence[str],
+        k: int = 10,
+        exclude_seen: bool = True,
+        candidates: Sequence[str] | None = None,
+        why: bool = False,
+    ) -> list[Recommendations]:
+        """As :meth:`recommend`, of many users in one pass."""
+        self._refuse_stale()
+        records = [self._decoded(data, user) for data, user in zip(self.store.get(users), users, strict=True)]
+        d = self.model.hidden_size
+        hidden = torch.zeros(len(users), d)
+        for row, record in enumerate(records):
+            if record is not None:
+                hidden[row] = torch.from_numpy(record.numbers[:d].copy())
+        check_finite(hidden, list(users), "in the store")
+        seen = [np.zeros(0, np.int32) if record is None else record.seen for record in records]
+        known = [record is not None and record.events > 0 for record in records]
+        return self._answer(users, hidden.to(self._device), seen, known, k, exclude_seen, candidates, why, [])
+
+    def similar_items(self, item: str, k: int = 10) -> list[Suggestion]:
+        """The items whose vectors point most nearly where this item's does (cosine).
+
+        Raises:
+            DataError: no such item.
+        """
+        number = self.catalogue.number(item)
+        with torch.no_grad():
+            table = F.normalize(self.model.item_vectors(), dim=-1)
+            cosines = table @ table[number]
+        cosines[torch.tensor([0, number], device=cosines.device)] = -torch.inf
+        best = cosines.topk(min(k, len(table) - 2))
+        return [self._suggestion(*pair) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+    def forget(self, users: Iterable[str]) -> None:
+        """Deletes all that is kept of users."""
+        with self._lock:
+            self.store.delete(users)
+
+    # ------------------------------------------------------------------ inside: events
+    def _apply(self, events: Sequence[Event]) -> list[str]:
+        self._refuse_stale()
+        users = list(dict.fromkeys(event.user for event in events))
+        with self._lock, self.store.holding(users):
+            stored = zip(self.store.get(users), users, strict=True)
+            records = {user: self._decoded(data, user) or self._empty() for data, user in stored}
+            new: dict[str, list[int]] = {}
+            outcomes = [self._outcome(event, records[event.user], new) for event in events]
+            if new:
+                self._read({user: records[user] for user in new}, list(new.values()))
+                self.store.put({user: self.codec.encode(records[user]) for user in new})
+        return outcomes
+
+    def _outcome(self, event: Event, record: Record, new: dict[str, list[int]]) -> str:
+        """What becomes of an event; one that is read is noted in the record and added to ``new``."""
+        number = self.catalogue.numbers.get(event.item)
+        if number is None:
+            return "skipped: unknown item"
+        key = None if event.id is None else event_key(event.id)
+        if key is not None and (record.ids == key).any():
+            return "skipped: repeated"
+        late = event.timestamp is not None and event.timestamp < record.time  # never so of nan
+        if late and self.late == "skip":
+            return "skipped: late"
+        if key is not None:
+            record.ids = np.append(record.ids[1 - EVENT_IDS :], key)
+        if event.timestamp is not None and not late:
+            record.time = float(event.timestamp)
+        record.seen = _with(record.seen, number, self.remember)
+        new.setdefault(event.user, []).append(number)
+        return "late" if late else "applied"
+
+    @torch.no_grad()
+    def _read(self, records: dict[str, Record], items: list[list[int]]) -> None:
+        """Moves the states of ``records`` on by ``items`` each."""
+        most = max(map(len, items))
+        for start in range(0, most, TOGETHER):
+            parts = {user: own[start : start + TOGETHER] for user, own in zip(records, items, strict=True)}
+            parts = {user: part for user, part in parts.items() if part}
+            state = self._state([records[user] for user in parts])
+            check_finite(state.numbers, list(parts), "in the store")
+            width = max(map(len, parts.values()))
+            padded = np.zeros((len(parts), width), dtype=np.int64)
+            for row, part in zip(padded, parts.values(), strict=True):
+                row[: len(part)] = part
+            batch = torch.from_numpy(padded).to(self._device)
+            if width == 1:
+                _, state = self.model.step(batch[:, 0], state, in_place=True)
+            else:
+                _, state = self.model.advance(batch, state, in_place=True)
+            check_finite(state.numbers, list(parts), "after this event")
+            self._note(state, [records[user] for user in parts])
+
+    def _state(self, records: list[Record]) -> State:
+        layout = self.codec.layout
+        numbers = np.empty((len(records), layout.size), dtype=np.float32)
+        recent = np.zeros((len(records), layout.recent), dtype=np.int64)
+        for row, record in enumerate(records):
+            numbers[row] = record.numbers
+            recent[row, : len(record.recent)] = record.recent
+        events = np.array([record.events for record in records], dtype=np.int64)
+        return State(*(torch.from_numpy(array).to(self._device) for array in (events, recent, numbers)))
+
+    def _note(self, state: State, records: list[Record]) -> None:
+        events, recent, numbers = (tensor.cpu().numpy() for tensor in state)
+        for row, record in enumerate(records):
+            record.events, record.numbers = int(events[row]), numbers[row]
+            if recent.shape[1]:
+                record.recent = recent[row][recent[row] > 0].astype(np.int32)
+
+    def _empty(self) -> Record:
+        return Record(np.zeros(self.codec.layout.size, dtype=np.float32))
+
+    def _decoded(self, data: bytes | None, user: str) -> Record | None:
+        return None if data is None else self.codec.decode(data, user)
+
+    def _encoded(self, histories: Sequence[tuple[str, Sequence[str]]], outcomes: Counter[str]) -> dict[str, bytes]:
+        """Records of whole histories, those of like lengths together."""
+        known: dict[str, np.ndarray] = {}
+        for user, items in histories:
+            numbers = [self.catalogue.numbers.get(item, 0) for item in items]
+            known[user] = np.array([number for number in numbers if number], dtype=np.int32)
+            outcomes["applied"] += len(known[user])
+            outcomes["skipped: unknown item"] += len(numbers) - len(known[user])
+        made: dict[str, bytes] = {}
+        for users in _alike(known):
+            records = [self._empty() for _ in users]
+            self._note(self._encode([known[user] for user in users]), records)
+            for user, record in zip(users, records, strict=True):
+                record.seen = _latest_distinct(known[user], self.remember)
+                made[user] = self.codec.encode(record)
+        return made
+
+    def _encode(self, histories: Sequence[np.ndarray]) -> State:
+        padded = np.zeros((len(histories), max([1, *map(len, histories)])), dtype=np.int64)
+        for row, history in zip(padded, histories, strict=True):
+            row[: len(history)] = history
+        return self.model.encode(torch.from_numpy(padded).to(self._device))
+
+    def _hidden_of(self, histories: Sequence[np.ndarray]) -> Tensor:
+        return self.model.last_hidden(self._encode(histories))
+
+    # ------------------------------------------------------------------ inside: answers
+    @torch.no_grad()
+    def _answer(
+        self,
+        users: Sequence[str | None],
+        hidden: Tensor,
+        seen: Sequence[np.ndarray],
+        known: Sequence[bool],
+        k: int,
+        exclude_seen: bool,
+        candidates: Sequence[str] | None,
+        why: bool,
+        unknown: list[str],
+    ) -> list[Recommendations]:
+        if k < 1:
+            raise ConfigError("k", k, "use 1 or more items")
+        excluded = seen if exclude_seen else [seen_by[:0] for seen_by in seen]
+        if candidates is None:
+            found = top_items(self.model, hidden, k, excluded, self.index)
+        else:
+            numbers = np.array([self.catalogue.number(item) for item in candidates], dtype=np.int64)
+            left = [torch.from_numpy(numbers[~np.isin(numbers, gone)]).to(self._device) for gone in excluded]
+            found = [best_of(self.model, row, k, own) for row, own in zip(hidden, left, strict=True)]
+        answers = []
+        for row, (user, (items, scores)) in enumerate(zip(users, found, strict=True)):
+            if not known[row]:
+                allowed = None if candidates is None else set(numbers.tolist())
+                popular = (item for item in self._popular.tolist() if allowed is None or item in allowed)
+                items = [item for item, _ in zip(popular, range(k), strict=False)]
+                scores = self.catalogue.popularity[items].tolist()
+            reasons = self._reasons(hidden[row], items) if why and known[row] else [""] * len(items)
+            basis = "history" if known[row] else "popularity"
+            suggestions = [self._suggestion(*each) for each in zip(items, scores, reasons, strict=True)]
+            answers.append(Recommendations(suggestions, basis, user, unknown))
+        return answers
+
+    def _suggestion(self, number: int, score: float, why: str = "") -> Suggestion:
+        return Suggestion(self.catalogue.tokens[number], self.catalogue.titles[number], score, why)
+
+    def _reasons(self, hidden: Tensor, items: Sequence[int]) -> list[str]:
+        """Of each item, those of its attribute values that the state holds most strongly."""
+        binding = getattr(self.model, "binding", None)
+        if binding is None or binding.form == "concat":
+            return [""] * len(items)
+        held = {(r.attribute, r.value): r.similarity for r in readings_of(self.model, hidden, k=5)}
+        reasons = []
+        for item in items:
+            own = [
+                (v.name, v.labels[value]) for v in binding.attributes for value in v.index[item].reshape(-1).tolist()
+            ]
+            mine = sorted({pair for pair in own if pair in held}, key=lambda pair: -held[pair])
+            reasons.append(", ".join(f"{name}: {value}" for name, value in mine))
+        return reasons
+
+    # ------------------------------------------------------------------ inside: versions
+    def _version(self) -> str:
+        """What states depend on, as a short hash: a state of another version means nothing to this model."""
+        digest = hashlib.blake2b(digest_size=16)
+        parts = [type(self.model).__name__, str(self.codec.layout), self.codec.storage]
+        digest.update("\0".join([*parts, *self.catalogue.tokens]).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _refuse_stale(self) -> None:
+        if self.stale:
+            raise StoreError(
+                f"the store holds states of version {self.store.version}, this model's are {self.version} (another "
+                "checkpoint, bundle size or storage): call rebuild() with the users' histories, or use another store"
+            )
+
+
+def _with(seen: np.ndarray, item: int, most: int) -> np.ndarray:
+    """``seen`` with an item as the latest, at most so many."""
+    if most == 0:
+        return seen[:0]
+    return np.append(seen[seen != item][1 - most or None :], np.int32(item)) if most > 1 else np.array([item], np.int32)
+
+
+def _latest_distinct(items: np.ndarray, most: int) -> np.ndarray:
+    """The latest ``most`` distinct items, in the order of their last occurrence."""
+    _, first = np.unique(items[::-1], return_index=True)
+    return items[np.sort(len(items) - 1 - first)][-most:] if most else items[:0]
+
+
+def _batches(values: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    batch = []
+    for value in values:
+        batch.append(value)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _alike(histories: dict[str, np.ndarray]) -> Iterator[list[str]]:
+    """Users in batches of like lengths and at most POSITIONS positions, if a history is not longer by itself."""
+    batch: list[str] = []
+    for user in sorted(histories, key=lambda user: len(histories[user])):
+        if batch and (len(batch) + 1) * len(histories[user]) > POSITIONS:
+            yield batch
+            batch = []
+        batch.append(user)
+    if batch:
+        yield batch
