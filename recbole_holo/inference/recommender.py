@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,8 +46,7 @@ class Event:
     id: str | None = None
 
 
-@dataclass(frozen=True)
-class Suggestion:
+class Suggestion(NamedTuple):
     """One recommended item."""
 
     item: str
@@ -76,12 +75,20 @@ class Recommendations:
         return [one.item for one in self.suggestions]
 
     def __str__(self) -> str:
-        why = any(one.why for one in self.suggestions)
-        rows = [
-            [rank, one.item, one.title, f"{one.score:.3f}", *([one.why] if why else [])]
-            for rank, one in enumerate(self.suggestions, 1)
-        ]
-        return tabulate(rows, ["", "item", "title", "score", *(["why"] if why else [])], disable_numparse=True)
+        return self.table()
+
+    def table(self, before: Sequence[str] | None = None) -> str:
+        """For people; with the list ``before`` also where each item was in it."""
+        columns: dict[str, list[Any]] = {
+            "": list(range(1, len(self.suggestions) + 1)),
+            "was": [before.index(item) + 1 if item in before else "new" for item in self.items] if before else [],
+            "item": self.items,
+            "title": [one.title for one in self.suggestions],
+            "score": [f"{one.score:.3f}" for one in self.suggestions],
+            "why": [one.why for one in self.suggestions],
+        }
+        shown = {name: values for name, values in columns.items() if any(values)}
+        return tabulate(shown, headers="keys", disable_numparse=True)
 
 
 class Recommender:
@@ -245,14 +252,15 @@ class Recommender:
         self._refuse_stale()
         records = [self._decoded(data, user) for data, user in zip(self.store.get(users), users, strict=True)]
         d = self.model.hidden_size
-        hidden = torch.zeros(len(users), d)
-        for row, record in enumerate(records):
+        numbers = np.zeros((len(users), d), dtype=np.float32)
+        for row, record in zip(numbers, records, strict=True):
             if record is not None:
-                hidden[row] = torch.from_numpy(record.numbers[:d].copy())
-        check_finite(hidden, list(users), "in the store")
+                row[:] = record.numbers[:d]
+        check_finite(numbers, users, "in the store")
         seen = [np.zeros(0, np.int32) if record is None else record.seen for record in records]
         known = [record is not None and record.events > 0 for record in records]
-        return self._answer(users, hidden.to(self._device), seen, known, k, exclude_seen, candidates, why, [])
+        hidden = torch.from_numpy(numbers).to(self._device)
+        return self._answer(users, hidden, seen, known, k, exclude_seen, candidates, why, [])
 
     def similar_items(self, item: str, k: int = 10) -> list[Suggestion]:
         """The items whose vectors point most nearly where this item's does (cosine).
@@ -313,8 +321,7 @@ class Recommender:
         for start in range(0, most, TOGETHER):
             parts = {user: own[start : start + TOGETHER] for user, own in zip(records, items, strict=True)}
             parts = {user: part for user, part in parts.items() if part}
-            state = self._state([records[user] for user in parts])
-            check_finite(state.numbers, list(parts), "in the store")
+            state = self._state(parts, [records[user] for user in parts])
             width = max(map(len, parts.values()))
             padded = np.zeros((len(parts), width), dtype=np.int64)
             for row, part in zip(padded, parts.values(), strict=True):
@@ -324,21 +331,22 @@ class Recommender:
                 _, state = self.model.step(batch[:, 0], state, in_place=True)
             else:
                 _, state = self.model.advance(batch, state, in_place=True)
-            check_finite(state.numbers, list(parts), "after this event")
-            self._note(state, [records[user] for user in parts])
+            self._note(state, parts, [records[user] for user in parts])
 
-    def _state(self, records: list[Record]) -> State:
+    def _state(self, users: Iterable[str], records: list[Record]) -> State:
         layout = self.codec.layout
         numbers = np.empty((len(records), layout.size), dtype=np.float32)
         recent = np.zeros((len(records), layout.recent), dtype=np.int64)
         for row, record in enumerate(records):
             numbers[row] = record.numbers
             recent[row, : len(record.recent)] = record.recent
+        check_finite(numbers, list(users), "in the store")
         events = np.array([record.events for record in records], dtype=np.int64)
         return State(*(torch.from_numpy(array).to(self._device) for array in (events, recent, numbers)))
 
-    def _note(self, state: State, records: list[Record]) -> None:
+    def _note(self, state: State, users: Iterable[str], records: list[Record]) -> None:
         events, recent, numbers = (tensor.cpu().numpy() for tensor in state)
+        check_finite(numbers, list(users), "after this event")
         for row, record in enumerate(records):
             record.events, record.numbers = int(events[row]), numbers[row]
             if recent.shape[1]:
@@ -361,7 +369,7 @@ class Recommender:
         made: dict[str, bytes] = {}
         for users in _alike(known):
             records = [self._empty() for _ in users]
-            self._note(self._encode([known[user] for user in users]), records)
+            self._note(self._encode([known[user] for user in users]), users, records)
             for user, record in zip(users, records, strict=True):
                 record.seen = _latest_distinct(known[user], self.remember)
                 made[user] = self.codec.encode(record)
@@ -451,9 +459,9 @@ class Recommender:
 
 def _with(seen: np.ndarray, item: int, most: int) -> np.ndarray:
     """``seen`` with an item as the latest, at most so many."""
-    if most == 0:
-        return seen[:0]
-    return np.append(seen[seen != item][1 - most or None :], np.int32(item)) if most > 1 else np.array([item], np.int32)
+    if (seen == item).any():
+        seen = seen[seen != item]
+    return np.concatenate([seen, np.array([item], np.int32)])[max(len(seen) + 1 - most, 0) :]
 
 
 def _latest_distinct(items: np.ndarray, most: int) -> np.ndarray:

@@ -28,13 +28,22 @@ def top_items(
     rows = max(SCORES // model.n_items, 1)
     for start in range(0, len(hidden), rows):
         scores = model.score_all(hidden[start : start + rows])
-        scores[:, 0] = -torch.inf
-        for row, gone in zip(scores, excluded[start : start + rows], strict=True):
-            if len(gone):
-                row[torch.from_numpy(gone.astype(np.int64)).to(row.device)] = -torch.inf
+        _exclude(scores, excluded[start : start + rows])
         best = scores.topk(min(k, scores.shape[1] - 1))
         found += [_kept(*pair) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
     return found
+
+
+def _exclude(scores: Tensor, excluded: Sequence[np.ndarray]) -> None:
+    """-inf for the pad and what is excluded, in place."""
+    scores[:, 0] = -torch.inf
+    if scores.device.type == "cpu" and scores.dtype == torch.float32:  # numpy's indexing starts ten times as fast
+        for row, gone in zip(scores.numpy(), excluded, strict=True):
+            row[gone] = -np.inf
+        return
+    for number, gone in enumerate(excluded):
+        if len(gone):
+            scores[number, torch.from_numpy(gone.astype(np.int64)).to(scores.device)] = -torch.inf
 
 
 def best_of(model: Any, hidden: Tensor, k: int, items: Tensor) -> tuple[list[int], list[float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -38,6 +38,19 @@ class Carried:
         self.in_place = in_place
 
 
+class Watched:
+    """The parameters of modules, to be asked often whether they changed: walking modules takes longer than a step."""
+
+    def __init__(self, *modules: nn.Module) -> None:
+        every = (one for module in modules for one in module.modules())
+        self._places = [(one._parameters, name) for one in every for name in one._parameters]
+
+    def stamp(self) -> tuple[int, ...]:
+        """Other numbers where a parameter was exchanged, moved or written to (by PyTorch's fused optimizers not)."""
+        found = (place[name] for place, name in self._places)
+        return tuple(number for p in found if p is not None for number in (p.data_ptr(), p._version))
+
+
 class Recurrent(nn.Module):
     """A layer with a state of constant size: reads a sequence whole, in parts, or step by step."""
 
@@ -56,16 +69,11 @@ class Recurrent(nn.Module):
 
     def step(self, hidden: Tensor, state: MambaState) -> Tensor:
         """The next step of sequences ``[B, …]``; ``state`` is changed in place, and nothing has a gradient."""
-        parameters = self.parameters_read()
-        stamp = (backend.get_backend(), *((p.data_ptr(), p._version, p.device) for p in parameters if p is not None))
         known = _steppers.get(self)
-        if known is None or known[0] != stamp:
-            known = _steppers[self] = stamp, self.make_stepper()
-        return known[1](hidden, state)
-
-    def parameters_read(self) -> tuple[Tensor | None, ...]:
-        """What a step depends on: where one of these changes, the step is prepared again."""
-        raise NotImplementedError
+        if known is None or known.stamp != (backend.get_backend(), known.watched.stamp()):
+            watched = Watched(self)
+            known = _steppers[self] = _Prepared(watched, (backend.get_backend(), watched.stamp()), self.make_stepper())
+        return known.stepper(hidden, state)
 
     def make_stepper(self) -> Stepper:
         """The step with the parameters as they are."""
@@ -76,8 +84,14 @@ class Recurrent(nn.Module):
         return super().train(mode)
 
 
+class _Prepared(NamedTuple):
+    watched: Watched
+    stamp: tuple[object, ...]
+    stepper: Stepper
+
+
 # Not kept in the layers: pointers into prepared weights can be neither copied nor pickled.
-_steppers: WeakKeyDictionary[Recurrent, tuple[object, Stepper]] = WeakKeyDictionary()
+_steppers: WeakKeyDictionary[Recurrent, _Prepared] = WeakKeyDictionary()
 
 
 def through(layer: Recurrent, hidden: Tensor, carried: Carried | None) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_holo.layers.dropout import Dropout
-from recbole_holo.ops.feed_forward import FeedForwardWeights, feed_forward
+from recbole_holo.ops.feed_forward import FeedForwardWeights, feed_forward, is_small
 
 
 class SwiGLU(nn.Module):
@@ -27,6 +28,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., d]`` → ``[..., d]``."""
+        if is_small(x):
+            return self.dropout(self.down(F.silu(self.gate(x)) * self.up(x)))
         up = torch.cat([self.gate.weight, self.up.weight])
         return self.dropout(feed_forward(x, FeedForwardWeights(up, None, self.down.weight, None), gated=True))
 

@@ -82,13 +82,6 @@ class Mamba(Recurrent):
     ) -> tuple[Tensor, MambaState]:
         return mamba_block_with_state(hidden, self._weights(), state, lengths)
 
-    def parameters_read(self) -> tuple[Tensor | None, ...]:
-        inside, outside, conv, dt = self.in_proj, self.out_proj, self.conv1d, self.dt_proj
-        return (
-            *(inside.weight, inside.bias, conv.weight, conv.bias, self.x_proj.weight, dt.weight, dt.bias),
-            *(self.A_log, self.D, outside.weight, outside.bias),
-        )
-
     def make_stepper(self) -> Stepper:
         return mamba_stepper(self._weights())
 

@@ -107,9 +107,6 @@ class Mamba2(Recurrent):
         out, after = mamba2_block_with_state(hidden.unsqueeze(2), *_stacked(self), before, lengths)
         return out.squeeze(2), MambaState(after.conv.squeeze(1), after.ssm.squeeze(1))
 
-    def parameters_read(self) -> tuple[Tensor | None, ...]:
-        return _parameters(self)
-
     def make_stepper(self) -> Stepper:
         step = mamba2_stepper(*_stacked(self))
 
@@ -212,9 +209,6 @@ class LatentMamba2(Recurrent):
     ) -> tuple[Tensor, MambaState]:
         return mamba2_block_with_state(hidden, *_stacked(self), state, lengths)
 
-    def parameters_read(self) -> tuple[Tensor | None, ...]:
-        return _parameters(self)
-
     def make_stepper(self) -> Stepper:
         return mamba2_stepper(*_stacked(self))
 
@@ -224,14 +218,6 @@ class LatentMamba2(Recurrent):
         block = Mamba2(**self._sizes)  # type: ignore[arg-type]
         block.load_state_dict({name: parameter[i] for name, parameter in self.state_dict().items()})
         return block.to(self.D.device)
-
-
-def _parameters(block: Mamba2 | LatentMamba2) -> tuple[Tensor | None, ...]:
-    inside, outside, conv = block.in_proj, block.out_proj, block.conv1d
-    return (
-        *(inside.weight, inside.bias, conv.weight, conv.bias, block.dt_bias, block.A_log, block.D),
-        *(block.norm.weight, outside.weight, outside.bias),
-    )
 
 
 def _stacked(block: Mamba2 | LatentMamba2) -> tuple[Mamba2Weights, Mamba2Sizes]:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+
+@lru_cache(maxsize=16)
+def _frequencies(d: int, base: float, device: torch.device) -> Tensor:
+    """``base^(-2i/d)``: ``[d/2]``."""
+    return base ** (-2 * torch.arange(d // 2, device=device, dtype=torch.float32) / d)
 
 
 def rotary(x: Tensor, base: float = 10000.0, offset: int | Tensor = 0) -> Tensor:
@@ -25,11 +33,9 @@ def rotary(x: Tensor, base: float = 10000.0, offset: int | Tensor = 0) -> Tensor
     length, d = x.shape[-2:]
     if d % 2:
         raise ValueError(f"rotary needs an even width, got {d}")
-    half = torch.arange(d // 2, device=x.device, dtype=torch.float32)
-    frequency = base ** (-2 * half / d)  # [d/2]
     start = offset.unsqueeze(-1) if isinstance(offset, Tensor) else offset
-    position = start + torch.arange(length, device=x.device)  # [..., L]
-    angle = position.unsqueeze(-1) * frequency  # [..., L, d/2], in float32 whatever the type of x
+    position = start if length == 1 and isinstance(start, Tensor) else start + torch.arange(length, device=x.device)
+    angle = position.unsqueeze(-1) * _frequencies(d, base, x.device)  # [..., L, d/2], in float32 whatever x is
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recbole_holo.errors import ConfigError
 from recbole_holo.layers.attributes import ATTRIBUTE_VALUES
+from recbole_holo.layers.carried import Watched
 from recbole_holo.layers.holographic import ALGEBRAS, FLOATS, FORMS, WITHOUT_ITEM, AttributeBinding
 from recbole_holo.model.settings import one_of, positive_int, positive_number
 from recbole_holo.ops.circular_convolution import SCALES
@@ -99,13 +100,16 @@ class BoundItems:
         PyTorch's fused optimizers change parameters without counting it as a change, but only in training mode.
         """
         assert self.binding is not None
-        stamp: object = tuple((p.data_ptr(), p._version, p.device) for p in (table, *self.binding.parameters()))
-        folded: dict[str, tuple[object, Tensor]] = self.__dict__.setdefault("_folded", {})
+        folded: dict[str, tuple[Watched, object, Tensor]] = self.__dict__.setdefault("_folded", {})
         name = "head" if self.head is not None and table is self.head.weight else "item"
-        if folded.get(name, (None,))[0] != stamp:
+        known = folded.get(name)
+        if known is None or known[1] != known[0].stamp():
+            owner = self.item_embedding if self.head is None or name == "item" else self.head
+            watched = Watched(owner, self.binding)
             rows = torch.arange(len(table), device=table.device).split(ROWS)
-            folded[name] = stamp, torch.cat([self.binding(table[part], part) for part in rows])
-        return folded[name][1]
+            bound = torch.cat([self.binding(table[part], part) for part in rows])
+            known = folded[name] = watched, watched.stamp(), bound
+        return known[2]
 
     def unfold(self) -> None:
         """Forgets the bound tables."""

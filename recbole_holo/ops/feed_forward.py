@@ -55,12 +55,15 @@ def feed_forward(x: Tensor, weights: FeedForwardWeights, gated: bool = False, p:
     return F.linear(dropout(hidden, p), weights.down, weights.down_bias)
 
 
+def is_small(x: Tensor) -> bool:
+    """Whether a layer of plain operations is faster: nothing is kept for a gradient, and there are few rows."""
+    return not torch.is_grad_enabled() and x.numel() < FEW * x.shape[-1]
+
+
 def _is_native(x: Tensor, weights: FeedForwardWeights, dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16) or not backend.runs_native(x):
         return False
-    if not torch.is_grad_enabled() and x.numel() < FEW * x.shape[-1]:
-        return False
-    return x.dim() > 1 and not any(size % native.lanes() for size in weights.down.shape)
+    return not is_small(x) and x.dim() > 1 and not any(size % native.lanes() for size in weights.down.shape)
 
 
 Sizes = native.structure("Sizes", "rows d inner gated half threshold")
