@@ -127,8 +127,9 @@ def main() -> None:
     keys = ("model", "dataset", "seed", "MAX_ITEM_LIST_LENGTH", "epochs")
     training = "python run_recbole_holo.py " + " ".join(f"--{key}={config[key]}" for key in keys)
     text = f"# {config['model']} on {config['dataset']}, replayed\n\n    {training}\n    "
-    text += f"python -m benchmarks.replay CHECKPOINT --storages {' '.join(options.storages)}\n\n{about}\n\n{len(users):,} events; trained on "
-    text += f"windows of at most {longest} events.\n\n{body}\n\n{headline('cpu', options.threads)}.\n"
+    text += f"python -m benchmarks.replay CHECKPOINT --storages {' '.join(options.storages)}\n\n{about}\n\n"
+    text += f"{len(users):,} events; trained on windows of at most {longest} events.\n\n{body}\n\n"
+    text += f"{headline('cpu', options.threads)}.\n"
     (RESULTS / f"{name}.md").write_text(text)
     print(body)
 

@@ -143,7 +143,7 @@ class Recommender:
         self.model: Any = model.eval()
         self.catalogue = Catalogue.of(items)
         self.store = MemoryStore() if store is None else store
-        self.codec = Codec(model.state_layout(), storage)
+        self.codec = Codec(model.state_layout(), storage, checked=not isinstance(self.store, MemoryStore))
         self.remember, self.late, self.index = remember, late, index
         self._device = next(model.parameters()).device
         self._popular = self.catalogue.popularity[1:].argsort(descending=True, stable=True) + 1

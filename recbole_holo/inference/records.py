@@ -59,19 +59,20 @@ class Codec:
         layout: of the model's states.
         storage: of their numbers: ``float32``, ``float16`` (half the size), or ``int8`` (a quarter and a bit: sixteen
             numbers have one float16 scale). What a smaller one costs in ranking is in the README.
+        checked: with a checksum, for what leaves the process.
+
+    Attributes:
+        number_bytes: of the numbers of one state as stored.
     """
 
-    def __init__(self, layout: StateLayout, storage: str = "float32") -> None:
+    def __init__(self, layout: StateLayout, storage: str = "float32", checked: bool = True) -> None:
         if storage not in STORAGES:
             raise ConfigError("storage", storage, f"use {', '.join(STORAGES)}")
-        self.layout, self.storage = layout, storage
-        self._groups = -(-layout.size // _GROUP)
-
-    @property
-    def number_bytes(self) -> int:
-        """Of the numbers of one state as stored."""
-        size = self.layout.size
-        return {"float32": 4 * size, "float16": 2 * size, "int8": (_GROUP + 2) * self._groups}[self.storage]
+        self.layout, self.storage, self.checked = layout, storage, checked
+        self._size = layout.size
+        self._groups = -(-self._size // _GROUP)
+        sizes = {"float32": 4 * self._size, "float16": 2 * self._size, "int8": (_GROUP + 2) * self._groups}
+        self.number_bytes = sizes[storage]
 
     def encode(self, record: Record) -> bytes:
         """
@@ -84,7 +85,7 @@ class Codec:
             *(record.events, record.time),
         )
         body = b"".join([head[4:], *(part.tobytes() for part in parts)])
-        return struct.pack("<I", zlib.crc32(body)) + body
+        return struct.pack("<I", zlib.crc32(body) if self.checked else 0) + body
 
     def decode(self, data: bytes, user: str) -> Record:
         """The record of ``user``, whom an error names.
@@ -92,7 +93,8 @@ class Codec:
         Raises:
             StateError: cut off, damaged, of another format or storage, or not finite.
         """
-        if len(data) < _HEADER.size or zlib.crc32(memoryview(data)[4:]) != int.from_bytes(data[:4], "little"):
+        whole = len(data) >= _HEADER.size
+        if not whole or (self.checked and zlib.crc32(memoryview(data)[4:]) != int.from_bytes(data[:4], "little")):
             raise StateError(f"the state of user {user!r} is damaged ({len(data)} bytes): rebuild it from the history")
         _, form, storage, recent, seen, ids, events, time = _HEADER.unpack_from(data)
         if form != _FORMAT or STORAGES[storage] != self.storage:
@@ -112,7 +114,7 @@ class Codec:
             packed = numbers.clip(-65504, 65504).astype(np.float16)
         else:
             groups = np.zeros((self._groups, _GROUP), dtype=np.float32)
-            groups.reshape(-1)[: self.layout.size] = numbers
+            groups.reshape(-1)[: self._size] = numbers
             # Up to the next float16, so that the largest number is not beyond 127 of it.
             scales = (np.abs(groups).max(1) * np.float32(1.001 / 127)).clip(6e-8, 65504).astype(np.float16)
             codes = np.rint(groups / scales[:, None].astype(np.float32)).clip(-127, 127).astype(np.int8)
@@ -120,7 +122,7 @@ class Codec:
         return packed
 
     def _unpacked(self, data: bytes, at: int) -> np.ndarray:
-        size = self.layout.size
+        size = self._size
         if self.storage == "float32":
             return np.frombuffer(data, np.float32, size, at)
         if self.storage == "float16":

@@ -77,8 +77,7 @@ class FaissIndex:
         except ImportError as error:
             raise MissingExtra("an index needs faiss: pip install 'recbole-holo[faiss]'") from error
         with torch.no_grad():
-            table = model.item_vectors()[1:].detach()
-            table = F.normalize(table, dim=-1) if model.cosine else table
+            table = model.scored_table()[1:].detach()
             if model.item_bias is not None:  # as one dimension more, where every query has a 1
                 table = torch.cat([table, model.item_bias[1:, None]], 1)
         vectors = table.float().cpu().numpy()

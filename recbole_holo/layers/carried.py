@@ -37,6 +37,10 @@ class Carried:
         self.lengths = lengths
         self.in_place = in_place
 
+    def step(self, layer: Recurrent, hidden: Tensor) -> Tensor:
+        """``[B, 1, …]`` → likewise, the layer's state being changed."""
+        return layer.step(hidden.squeeze(1), self.states[layer]).unsqueeze(1)
+
 
 class Watched:
     """The parameters of modules, to be asked often whether they changed: walking modules takes longer than a step."""
@@ -99,6 +103,6 @@ def through(layer: Recurrent, hidden: Tensor, carried: Carried | None) -> Tensor
     if carried is None:
         return layer(hidden)
     if carried.in_place:
-        return layer.step(hidden.squeeze(1), carried.states[layer]).unsqueeze(1)
+        return carried.step(layer, hidden)
     hidden, carried.states[layer] = layer.forward_from(hidden, carried.states.get(layer), carried.lengths)
     return hidden

@@ -14,6 +14,8 @@ def prenorm(norm: nn.Module, branch: Callable[[Tensor], Tensor], h: Tensor) -> T
 
     A norm costs next to nothing beside a branch, and what it gives is all that a fused branch keeps.
     """
+    if not torch.is_grad_enabled():
+        return branch(norm(h))
     x = norm(h)
     if not x.requires_grad:
         return branch(x)

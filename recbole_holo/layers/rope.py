@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @lru_cache(maxsize=16)
@@ -39,3 +39,25 @@ def rotary(x: Tensor, base: float = 10000.0, offset: int | Tensor = 0) -> Tensor
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Rotary(nn.Module):
+    """:func:`rotary` of the heads of a sequence.
+
+    Args:
+        heads: how many.
+        base: of the wavelengths.
+    """
+
+    def __init__(self, heads: int, base: float = 10000.0) -> None:
+        super().__init__()
+        self.heads, self.base = heads, base
+
+    def forward(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
+        """``[B, L, heads, d]``, the first at position ``start`` (one, or of each sequence ``[B]``) → likewise."""
+        offset = start.unsqueeze(-1) if isinstance(start, Tensor) else start
+        return rotary(x.transpose(1, 2), self.base, offset).transpose(1, 2)
+
+    def frequencies(self, d: int) -> Tensor:
+        """Radians a position of the pairs of coordinates ``[d/2]``."""
+        return _frequencies(d, self.base, torch.device("cpu"))

@@ -201,15 +201,21 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
     def _table(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1) if self.cosine else vectors
 
+    def scored_table(self) -> Tensor:
+        """:meth:`item_vectors` as scores take them: of length 1 where they are cosines."""
+        if not self.cosine or self.training or torch.is_grad_enabled():
+            return self._table(self.item_vectors())
+        return self.folded("cosine", lambda: self._table(self.item_vectors()), self)
+
     def score_all(self, hidden: Tensor) -> Tensor:
         """Scores of every item: ``[B, d]`` → ``[B, n_items]``. The temperature is left out: it orders nothing."""
         if self.served is not None:
             return self.served.scored.scores(self._query(hidden), self.item_bias)
-        return F.linear(self._query(hidden), self._table(self.item_vectors()), self.item_bias)
+        return F.linear(self._query(hidden), self.scored_table(), self.item_bias)
 
     def score_pairs(self, hidden: Tensor, items: Tensor) -> Tensor:
         """Score of one item a row: ``[B, d]``, ``[B]`` → ``[B]``."""
-        vectors = self._table(self.item_vectors()[items]) if self.served is None else self.served.scored(items)
+        vectors = self.scored_table()[items] if self.served is None else self.served.scored(items)
         scores = (self._query(hidden) * vectors).sum(-1)
         return scores if self.item_bias is None else scores + self.item_bias[items]
 

@@ -10,7 +10,7 @@ from recbole_holo.layers import Dropout, LatentMamba2
 from recbole_holo.layers.carried import Carried, through
 from recbole_holo.layers.feed_forward import SwiGLU
 from recbole_holo.layers.prenorm import prenorm
-from recbole_holo.layers.rope import rotary
+from recbole_holo.layers.rope import Rotary
 from recbole_holo.model.settings import positive_int, positive_number, probability
 from recbole_holo.model.state_space import StateSpaceRecommender
 
@@ -83,7 +83,7 @@ class LatentInteraction(nn.Module):
         d = config["hidden_size"]
         v, d_c = _head_sizes(config)
         self.heads = (v, d_c)
-        self.rope_base = positive_number("rope_base", config["rope_base"])
+        self.rotary = Rotary(v, positive_number("rope_base", config["rope_base"]))
         self.w_x = nn.Linear(d, v * d_c, bias=False)
         self.w_z = nn.Linear(d, v * d_c, bias=False)
         self.mamba = LatentMamba2(
@@ -102,9 +102,7 @@ class LatentInteraction(nn.Module):
         """``[B, L, d]`` → ``[B, L, d]``."""
         x = silu(self.w_x(h)).unflatten(-1, self.heads)  # [B, L, v, d_c]
         z = silu(self.w_z(h)).unflatten(-1, self.heads)
-        start = carried.position if carried else 0  # of the part, in the sequence; a tensor: of each row
-        start = start.unsqueeze(-1) if isinstance(start, Tensor) else start
-        z = rotary(z.transpose(1, 2), self.rope_base, start).transpose(1, 2)
+        z = self.rotary(z, carried.position if carried else 0)
         y = through(self.mamba, x, carried)  # [B, L, v, d_c]
         return self.w_o((y * z).flatten(-2))
 

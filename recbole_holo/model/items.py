@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class BoundItems:
 
     n_items: int
     hidden_size: int
+    training: bool
     register_buffer: Any
     item_embedding: nn.Embedding
     binding: AttributeBinding | None
@@ -79,7 +81,7 @@ class BoundItems:
             return self.served.read(items)
         if self.binding is None:
             return self.item_embedding(items)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.training:
             return self.binding(self.item_embedding(items), items)
         return F.embedding(items, self._bound(self.item_embedding.weight))
 
@@ -90,25 +92,34 @@ class BoundItems:
         table = self.item_embedding.weight if self.head is None else self.head.weight
         if not self.bind_output or self.binding is None:
             return table
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.training:
             return self.binding(table, torch.arange(self.n_items, device=table.device))
         return self._bound(table)
 
     def _bound(self, table: Tensor) -> Tensor:
-        """``table`` bound with its items' attributes, kept until a parameter changes or the mode is set.
-
-        PyTorch's fused optimizers change parameters without counting it as a change, but only in training mode.
-        """
+        """``table`` bound with its items' attributes."""
         assert self.binding is not None
-        folded: dict[str, tuple[Watched, object, Tensor]] = self.__dict__.setdefault("_folded", {})
-        name = "head" if self.head is not None and table is self.head.weight else "item"
-        known = folded.get(name)
-        if known is None or known[1] != known[0].stamp():
-            owner = self.item_embedding if self.head is None or name == "item" else self.head
-            watched = Watched(owner, self.binding)
+        binding = self.binding
+        owner: nn.Module = self.item_embedding
+        if self.head is not None and table is self.head.weight:
+            owner = self.head
+
+        def bound() -> Tensor:
             rows = torch.arange(len(table), device=table.device).split(ROWS)
-            bound = torch.cat([self.binding(table[part], part) for part in rows])
-            known = folded[name] = watched, watched.stamp(), bound
+            return torch.cat([binding(table[part], part) for part in rows])
+
+        return self.folded("head" if owner is self.head else "item", bound, owner, binding)
+
+    def folded(self, name: str, make: Callable[[], Tensor], *modules: nn.Module) -> Tensor:
+        """A table made of the parameters of ``modules``, kept until one of these changes or the mode is set.
+
+        For evaluation mode only: PyTorch's fused optimizers change parameters without counting it as a change.
+        """
+        kept: dict[str, tuple[Watched, object, Tensor]] = self.__dict__.setdefault("_folded", {})
+        known = kept.get(name)
+        if known is None or known[1] != known[0].stamp():
+            watched = Watched(*modules)
+            known = kept[name] = watched, watched.stamp(), make()
         return known[2]
 
     def unfold(self) -> None:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from recbole_holo.layers.bundling import TemporalBundling
-from recbole_holo.layers.carried import Carried, Recurrent
+from recbole_holo.layers.carried import Carried, Recurrent, Watched
+from recbole_holo.layers.tracing import step_program
+from recbole_holo.ops import backend
 from recbole_holo.ops.mamba_block import MambaState
+from recbole_holo.ops.step_program import StepProgram
 
+# Not kept in the models: a program can be neither copied nor pickled.
+_programs: WeakKeyDictionary[nn.Module, tuple[Watched, object, StepProgram | None]] = WeakKeyDictionary()
 PART = 1024  # positions of a history that are encoded at a time
 
 
@@ -187,8 +193,12 @@ class Stepping(nn.Module):
     # ------------------------------------------------------------------ inside
     def _step(self, items: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
         """One token more, in the place of ``state.numbers``."""
-        carried = Carried(position, self._states(state.numbers, "now"), in_place=True)
-        hidden = self.encode_vectors(self.embed_items(items).unsqueeze(1), carried)[:, 0]
+        program, x = self._program(), self.embed_items(items)
+        if program is not None:
+            hidden = program(x, position, state.numbers)
+        else:
+            carried = Carried(position, self._states(state.numbers, "now"), in_place=True)
+            hidden = self.encode_vectors(x.unsqueeze(1), carried)[:, 0]
         state.numbers[:, : hidden.shape[-1]] = hidden
         return hidden, State(state.events + 1, state.recent, state.numbers)
 
@@ -205,6 +215,19 @@ class Stepping(nn.Module):
                 for tensor, after in zip(into, carried.states[block], strict=True):
                     tensor.copy_(after)
             lengths, position = lengths - own, position + own
+
+    def _program(self) -> StepProgram | None:
+        """A step as one call of the C++ kernels, where they are and the model can be traced."""
+        known = _programs.get(self)
+        if known is None or known[1] != (backend.get_backend(), known[0].stamp()):
+            watched, program = Watched(self), None
+            if backend.runs_native(next(self.parameters())) and next(self.parameters()).dtype == torch.float32:
+                fields = {field.name: field.start for field in self.state_layout().fields}
+                places: dict[nn.Module, tuple[int, int]] = {}
+                places |= {b: (fields[f"now.{i}.conv"], fields[f"now.{i}.ssm"]) for i, b in enumerate(self._blocks())}
+                program = step_program(self, self.encode_vectors, self.hidden_size, places)
+            known = _programs[self] = watched, (backend.get_backend(), watched.stamp()), program
+        return known[2]
 
     def _blocks(self) -> list[Recurrent]:
         found: list[Recurrent] | None = self.__dict__.get("_recurrent")
@@ -241,6 +264,10 @@ class Stepping(nn.Module):
         assert self.bundling is not None
         kept = state.events - self._bundles(state.events) * self.bundling.size
         return state._replace(recent=state.recent.scatter(1, kept.unsqueeze(-1), items.unsqueeze(-1)))
+
+    def train(self, mode: bool = True) -> Any:
+        _programs.pop(self, None)  # see Recurrent.train
+        return super().train(mode)
 
     def _check_mode(self) -> None:
         if self.training:

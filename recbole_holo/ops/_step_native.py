@@ -37,11 +37,17 @@ class NativeStep:
         kernel: its name in the library.
         given: its structure, whose pointers are those of ``tensors``.
         tensors: kept as long as this object.
+
+    Attributes:
+        kind: ``mamba`` or ``mamba2``.
+        address: of the structure.
     """
 
     def __init__(self, kernel: str, given: ctypes.Structure, tensors: list[Tensor | None]) -> None:
         self._function = getattr(native.library(), kernel)
         self._given, self._tensors = given, tensors
+        self.kind = kernel.removesuffix("_step")
+        self.address = ctypes.addressof(given)
 
     def __call__(self, hidden: Tensor, state: MambaState) -> Tensor:
         """``[batch, ..., model]`` → likewise; the state, float32, is changed in place."""
@@ -69,16 +75,16 @@ def mamba_step_native(weights: MambaWeights) -> NativeStep:
     taps = w.conv1d_weight.shape[1]
     tensors = [
         panels(w.in_proj_weight.T),
-        _filled(w.in_proj_bias),
-        _filled(w.conv1d_weight.T),
-        _filled(w.A.new_zeros(inner) if w.conv1d_bias is None else w.conv1d_bias),
+        filled(w.in_proj_bias),
+        filled(w.conv1d_weight.T),
+        filled(w.A.new_zeros(inner) if w.conv1d_bias is None else w.conv1d_bias),
         panels(w.x_proj_weight.T),
         panels(w.dt_proj_weight.T),
-        _filled(w.dt_proj_bias),
-        _filled(w.A * native.LOG2_E),
-        _filled(w.D),
+        filled(w.dt_proj_bias),
+        filled(w.A * native.LOG2_E),
+        filled(w.D),
         panels(w.out_proj_weight.T),
-        _filled(w.out_proj_bias),
+        filled(w.out_proj_bias),
     ]
     return NativeStep("mamba_step", MambaGiven(model, inner, order, rank, taps, *map(native.pointer, tensors)), tensors)
 
@@ -89,15 +95,15 @@ def mamba2_step_native(weights: Mamba2Weights, sizes: Mamba2Sizes) -> NativeStep
     (blocks, model, inner), (channels, taps) = w.out_proj_weight.shape, w.conv1d_weight.shape[1:]
     tensors = [
         torch.cat([panels(block.T) for block in w.in_proj_weight]),
-        _filled(w.in_proj_bias),
-        _filled(w.conv1d_weight.transpose(1, 2)),
-        _filled(w.A.new_zeros(blocks, channels) if w.conv1d_bias is None else w.conv1d_bias),
+        filled(w.in_proj_bias),
+        filled(w.conv1d_weight.transpose(1, 2)),
+        filled(w.A.new_zeros(blocks, channels) if w.conv1d_bias is None else w.conv1d_bias),
         w.dt_bias.float().contiguous(),
         (w.A.float() * native.LOG2_E).contiguous(),
         w.D.float().contiguous(),
         w.norm_weight.float().contiguous(),
         torch.cat([panels(block.T) for block in w.out_proj_weight]),
-        _filled(w.out_proj_bias),
+        filled(w.out_proj_bias),
     ]
     numbers: tuple[Any, ...] = (blocks, model, inner, sizes.d_state, taps, w.A.shape[1], sizes.ngroups, sizes.norm_eps)
     return NativeStep("mamba2_step", Mamba2Given(*numbers, *map(native.pointer, tensors)), tensors)
@@ -120,7 +126,7 @@ def panels(matrix: Tensor) -> Tensor:
     return out
 
 
-def _filled(tensor: Tensor | None) -> Tensor | None:
+def filled(tensor: Tensor | None) -> Tensor | None:
     """The last dimension filled up to vectors by zeros."""
     if tensor is None:
         return None

@@ -57,7 +57,9 @@ def feed_forward(x: Tensor, weights: FeedForwardWeights, gated: bool = False, p:
 
 def is_small(x: Tensor) -> bool:
     """Whether a layer of plain operations is faster: nothing is kept for a gradient, and there are few rows."""
-    return not torch.is_grad_enabled() and x.numel() < FEW * x.shape[-1]
+    if torch.is_grad_enabled():
+        return False
+    return not backend.runs_native(x) or x.numel() < FEW * x.shape[-1]
 
 
 def _is_native(x: Tensor, weights: FeedForwardWeights, dtype: torch.dtype) -> bool:

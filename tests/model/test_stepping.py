@@ -225,3 +225,11 @@ def test_pads_leave_the_hidden_state_alone():
     hidden, after = model.advance(F.pad(torch.randint(1, 30, (3, 0)), (0, 3)), state)
     assert torch.equal(hidden, model.last_hidden(state))
     assert torch.equal(after.numbers, state.numbers)
+
+
+@pytest.mark.parametrize("preset", STEPPING)
+def test_a_step_of_a_model_is_one_call(preset):
+    """All but learned positions, whose steps run module by module."""
+    model = build(preset)
+    model.step(torch.tensor([1]), model.init_state(1))
+    assert (model._program() is None) == (preset == "RecMamba_paper")

@@ -23,18 +23,6 @@ typedef struct {
     const float *w_2, *b_2;  // [d, inner], [d]
 } weights;
 
-// x · Φ(x) and its derivative: Φ by Abramowitz and Stegun 7.1.26, error 1e-7.
-INLINE vec gelu_(vec x, vec *slope) {
-    vec away = x < 0.0f ? -x : x, t = 1.0f / (1.0f + away * 0.23164189f), bell = exp_(x * x * -0.5f);
-    vec p = t * 1.061405429f - 1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t - 0.284496736f;
-    p = p * t + 0.254829592f;
-    vec beyond = p * t * bell * 0.5f, below = x < 0.0f ? beyond : 1.0f - beyond;
-    *slope = below + x * bell * 0.3989422804f;
-    return x * below;
-}
-
 // One row: hidden → what W_2 sees. With `gradient` [inner], that of the latter, hidden becomes the gradient of itself.
 template <bool gated>
 INLINE void activate(int64_t inner, draws drawn, int32_t threshold, float scale, float *hidden, const float *gradient,

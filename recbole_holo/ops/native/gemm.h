@@ -65,7 +65,8 @@ INLINE int64_t columns_from(int64_t first, int64_t width) {
     return (width - first) / LANES < COLUMNS ? (width - first) / LANES : COLUMNS;
 }
 
-// Memory of the thread, good until it asks again.
+// Memory of the thread, good until it asks again for this purpose.
+template <int purpose = 0>
 static float *scratch(int64_t count) {
     static thread_local struct memory {
         float *data = nullptr;

@@ -115,6 +115,18 @@ INLINE vec silu_(vec x, vec *slope) {
     return x * s;
 }
 
+// x · Φ(x) and its derivative: Φ by Abramowitz and Stegun 7.1.26, error 1e-7.
+INLINE vec gelu_(vec x, vec *slope) {
+    vec away = x < 0.0f ? -x : x, t = 1.0f / (1.0f + away * 0.23164189f), bell = exp_(x * x * -0.5f);
+    vec p = t * 1.061405429f - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    vec beyond = p * t * bell * 0.5f, below = x < 0.0f ? beyond : 1.0f - beyond;
+    *slope = below + x * bell * 0.3989422804f;
+    return x * below;
+}
+
 // log(1 + e^x) and its derivative. With e = e^-|x| that is max(x, 0) + log(1 + e): Cephes logf, with what the rounding of
 // 1 + e lost.
 INLINE vec softplus_(vec x, vec *slope) {

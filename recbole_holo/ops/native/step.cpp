@@ -1,4 +1,5 @@
-// One step of Mamba blocks: the next event of each of many sequences, whose states it moves on in place.
+// One step of Mamba blocks, or of a whole stack of layers: the next event of each of many sequences, whose states it
+// moves on in place.
 //
 // Rows are sequences; a thread takes GROUP of them at a time, so that weights are read once for all. States have no fill:
 // [taps - 1, channels] of the convolution, [channels, order] of the scan, each row's as far apart as the caller says.
@@ -95,8 +96,8 @@ typedef struct {
     const float *out_proj, *out_bias;     // panels of [inner, model]; [model] or 0
 } mamba2_weights;
 
-static void mamba_rows(const mamba_weights *w, int64_t rows, const float *x, float *conv, int64_t conv_row, float *ssm,
-                       int64_t ssm_row, float *out) {
+static void mamba_rows(const mamba_weights *w, int64_t rows, const float *x, int64_t x_row, float *conv, int64_t conv_row,
+                       float *ssm, int64_t ssm_row, float *out, int64_t out_row) {
     const int64_t inner = w->inner, order = w->order, states = full(order), model_row = full(w->model);
     const panels in_proj = as_panels(w->in_proj, w->model, 2 * inner), dt_proj = as_panels(w->dt_proj, w->rank, inner);
     const panels x_proj = as_panels(w->x_proj, inner, w->rank + 2 * order);
@@ -107,7 +108,7 @@ static void mamba_rows(const mamba_weights *w, int64_t rows, const float *x, flo
     float *dbc = take(&rest, GROUP * dbc_row), *wide = take(&rest, GROUP * model_row);
     float *b = take(&rest, states), *c = take(&rest, states);
 
-    multiply(rows, x, w->model, &in_proj, w->in_bias, xz, xz_row, 0);
+    multiply(rows, x, x_row, &in_proj, w->in_bias, xz, xz_row, 0);
     for (int64_t r = 0; r < rows; r++)
         convolve_step(inner, w->taps, w->conv, w->conv_bias, xz + r * xz_row, conv + r * conv_row, u + r * row);
     multiply(rows, u, row, &x_proj, 0, dbc, dbc_row, 0);
@@ -126,14 +127,14 @@ static void mamba_rows(const mamba_weights *w, int64_t rows, const float *x, flo
         }
     }
     multiply(rows, u, row, &out_proj, w->out_bias, wide, model_row, 0);
-    for (int64_t r = 0; r < rows; r++) memcpy(out + r * w->model, wide + r * model_row, 4 * w->model);
+    for (int64_t r = 0; r < rows; r++) memcpy(out + r * out_row, wide + r * model_row, 4 * w->model);
 }
 
-// x and out are a block's of the first row; the other blocks' are `model` floats apart, the rows' `blocks · model`.
-static void mamba2_rows(const mamba2_weights *w, int64_t block, int64_t rows, const float *x, float *conv,
-                        int64_t conv_row, float *ssm, int64_t ssm_row, float *out) {
+// x and out are a block's of the first row.
+static void mamba2_rows(const mamba2_weights *w, int64_t block, int64_t rows, const float *x, int64_t x_row, float *conv,
+                        int64_t conv_row, float *ssm, int64_t ssm_row, float *out, int64_t out_row) {
     const int64_t inner = w->inner, order = w->order, states = full(order), shared = w->groups * order;
-    const int64_t channels = inner + 2 * shared, projected = inner + channels + w->heads, apart = w->blocks * w->model;
+    const int64_t channels = inner + 2 * shared, projected = inner + channels + w->heads;
     const int64_t headdim = inner / w->heads, heads = w->heads / w->groups, model_row = full(w->model);
     const panels in_proj = as_panels(w->in_proj + block * w->model * full(projected), w->model, projected);
     const panels out_proj = as_panels(w->out_proj + block * inner * model_row, inner, w->model);
@@ -147,7 +148,7 @@ static void mamba2_rows(const mamba2_weights *w, int64_t block, int64_t rows, co
     float *zxbcdt = take(&rest, GROUP * row), *wide = take(&rest, GROUP * model_row), *u = take(&rest, u_row);
     float *y = take(&rest, GROUP * y_row), *b = take(&rest, states), *c = take(&rest, states);
 
-    multiply(rows, x, apart, &in_proj, in_bias, zxbcdt, row, 0);
+    multiply(rows, x, x_row, &in_proj, in_bias, zxbcdt, row, 0);
     for (int64_t r = 0; r < rows; r++) {
         const float *z = zxbcdt + r * row, *dt = z + inner + channels;
         float *y_r = y + r * y_row, *state = ssm + r * ssm_row;
@@ -176,7 +177,97 @@ static void mamba2_rows(const mamba2_weights *w, int64_t block, int64_t rows, co
         }
     }
     multiply(rows, y, y_row, &out_proj, out_bias, wide, model_row, 0);
-    for (int64_t r = 0; r < rows; r++) memcpy(out + r * apart, wide + r * model_row, 4 * w->model);
+    for (int64_t r = 0; r < rows; r++) memcpy(out + r * out_row, wide + r * model_row, 4 * w->model);
+}
+
+// A whole step as a list of operations on buffers of rows, one row a sequence.
+enum kind { LAYER_NORM, RMS_NORM, LINEAR, ADD, MULTIPLY, SCALE, SILU, GELU, ROTATE, MAMBA, MAMBA2 };
+
+typedef struct {
+    int64_t kind, a, b, out;      // buffers: floats before them, of one row
+    int64_t a_width, width;       // of a (and b), and of out
+    int64_t conv, ssm;            // of a block: where its states are among the numbers
+    int64_t heads;                // that are rotated alike
+    float number;                 // eps of a norm, or the factor
+    const float *weight, *bias;   // of a norm or linear map (panels); frequencies [a_width / heads / 2]
+    const void *block;            // mamba_weights or mamba2_weights
+} operation;
+
+static void normalise(const operation *o, const float *x, float *y) {
+    const int64_t n = o->width;
+    float mean = 0, squares = 0;
+    if (o->kind == LAYER_NORM) {
+        vec total = {};
+        for (int64_t i = 0; i < n; i += LANES) total += load_first(x + i, n - i);
+        mean = sum(total) / n;
+    }
+    vec total = {};
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec away = load_first(x + i, n - i) - mean;
+        if (n - i < LANES)
+            for (int64_t j = n - i; j < LANES; j++) away[j] = 0;
+        total += away * away;
+    }
+    squares = sum(total);
+    const float scale = 1.0f / sqrtf(squares / n + o->number);
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec v = (load_first(x + i, n - i) - mean) * scale;
+        if (o->weight) v *= load_first(o->weight + i, n - i);
+        if (o->bias) v += load_first(o->bias + i, n - i);
+        store(y + i, v);
+    }
+}
+
+// Coordinates i and i + half of every head turn by position · frequency[i].
+static void rotate(const operation *o, int64_t position, const float *x, float *y) {
+    const int64_t width = o->width / o->heads, half = width / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const float angle = (float)position * o->weight[i], c = cosf(angle), s = sinf(angle);
+        for (int64_t h = i; h < o->width; h += width) {
+            const float a = x[h], b = x[h + half];
+            y[h] = a * c - b * s, y[h + half] = a * s + b * c;
+        }
+    }
+}
+
+static void operate(const operation *o, int64_t rows, float *buffers, const int64_t *position, float *numbers,
+                    int64_t numbers_row) {
+    const int64_t a_row = full(o->a_width), row = full(o->width);
+    float *a = buffers + GROUP * o->a, *b = buffers + GROUP * o->b, *out = buffers + GROUP * o->out;
+    float *conv = numbers + o->conv, *ssm = numbers + o->ssm;
+    switch (o->kind) {
+        case LAYER_NORM:
+        case RMS_NORM:
+            for (int64_t r = 0; r < rows; r++) normalise(o, a + r * a_row, out + r * row);
+            break;
+        case LINEAR: {
+            const panels matrix = as_panels(o->weight, o->a_width, o->width);
+            multiply(rows, a, a_row, &matrix, o->bias, out, row, 0);
+            break;
+        }
+        case ROTATE:
+            for (int64_t r = 0; r < rows; r++) rotate(o, position[r], a + r * a_row, out + r * row);
+            break;
+        case MAMBA:
+            mamba_rows((const mamba_weights *)o->block, rows, a, a_row, conv, numbers_row, ssm, numbers_row, out, row);
+            break;
+        case MAMBA2: {
+            const mamba2_weights *w = (const mamba2_weights *)o->block;
+            for (int64_t block = 0; block < w->blocks; block++)
+                mamba2_rows(w, block, rows, a + block * w->model, a_row, conv, numbers_row, ssm, numbers_row,
+                            out + block * w->model, row);
+            break;
+        }
+        default:
+            for (int64_t i = 0; i < rows * row; i += LANES) {
+                vec slope, x = load(a + i), y = o->kind == ADD || o->kind == MULTIPLY ? load(b + i) : x;
+                store(out + i, o->kind == ADD        ? x + y
+                               : o->kind == MULTIPLY ? x * y
+                               : o->kind == SCALE    ? x * o->number
+                               : o->kind == SILU     ? silu_(x, &slope)
+                                                     : gelu_(x, &slope));
+            }
+    }
 }
 
 extern "C" {
@@ -193,8 +284,8 @@ void mamba_step(const mamba_weights *w, int threads, int64_t batch, const float 
                 float *ssm, int64_t ssm_row, float *out) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (batch > GROUP)
     for (int64_t first = 0; first < batch; first += GROUP)
-        mamba_rows(w, batch - first < GROUP ? batch - first : GROUP, x + first * w->model, conv + first * conv_row,
-                   conv_row, ssm + first * ssm_row, ssm_row, out + first * w->model);
+        mamba_rows(w, batch - first < GROUP ? batch - first : GROUP, x + first * w->model, w->model,
+                   conv + first * conv_row, conv_row, ssm + first * ssm_row, ssm_row, out + first * w->model, w->model);
 }
 
 // x [batch, blocks, model] → out likewise.
@@ -205,8 +296,27 @@ void mamba2_step(const mamba2_weights *w, int threads, int64_t batch, const floa
     for (int64_t task = 0; task < groups * w->blocks; task++) {
         const int64_t first = task / w->blocks * GROUP, block = task % w->blocks;
         const int64_t at = first * apart + block * w->model;
-        mamba2_rows(w, block, batch - first < GROUP ? batch - first : GROUP, x + at, conv + first * conv_row, conv_row,
-                    ssm + first * ssm_row, ssm_row, out + at);
+        mamba2_rows(w, block, batch - first < GROUP ? batch - first : GROUP, x + at, apart, conv + first * conv_row,
+                    conv_row, ssm + first * ssm_row, ssm_row, out + at, apart);
+    }
+}
+
+// x [batch, width] at positions [batch]; numbers: the states, rows numbers_row apart, changed in place. The buffers of a
+// row are `size` floats; the first is x, and out [batch, width] is the one that begins at `result`.
+void run_steps(const operation *operations, int64_t count, int64_t size, int64_t width, int64_t result, int threads,
+               int64_t batch, const float *x, const int64_t *position, float *numbers, int64_t numbers_row, float *out) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (batch > GROUP)
+    for (int64_t first = 0; first < batch; first += GROUP) {
+        const int64_t rows = batch - first < GROUP ? batch - first : GROUP, row = full(width);
+        float *buffers = scratch<1>(GROUP * size);
+        for (int64_t r = 0; r < rows; r++) {
+            memset(buffers + r * row + row - LANES, 0, 4 * LANES);
+            memcpy(buffers + r * row, x + (first + r) * width, 4 * width);
+        }
+        for (int64_t i = 0; i < count; i++)
+            operate(operations + i, rows, buffers, position + first, numbers + first * numbers_row, numbers_row);
+        for (int64_t r = 0; r < rows; r++)
+            memcpy(out + (first + r) * width, buffers + GROUP * result + r * row, 4 * width);
     }
 }
 }
