@@ -32,7 +32,7 @@ def checkpoint(cyclic_dataset: str, tiny: dict[str, Any], write_dataset: Callabl
 
 
 def test_a_history_by_titles_and_ids(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--checkpoint", checkpoint, "--history", "the 3th film|i4", "--k", "3"]) == 0
+    assert main(["--checkpoint", checkpoint, "--history", "the 3th film (1995)|i4", "--k", "3"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["item", "title", "score", "why"]
     assert lines[2].split()[:5] == ["1", "i5", "The", "5th", "Film"]

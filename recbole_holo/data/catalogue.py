@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -95,12 +96,13 @@ class Catalogue:
         return found
 
     def find(self, text: str) -> int:
-        """An item by its id or by its title, whatever the title's case.
+        """An item by its id or by its title, whatever the title's case, with or without a year in brackets.
 
         Raises:
             DataError: neither; the nearest titles are offered.
         """
-        found = self.numbers.get(text) or self._by_title.get(text.lower())
+        without_year = re.sub(r"\s*\(\d{4}\)$", "", text).lower()
+        found = self.numbers.get(text) or self._by_title.get(text.lower()) or self._by_title.get(without_year)
         if found is not None:
             return found
         close = nearest_names(text, [*self._by_title, *self.numbers])
