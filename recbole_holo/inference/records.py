@@ -75,17 +75,18 @@ class Codec:
         self.number_bytes = sizes[storage]
 
     def encode(self, record: Record) -> bytes:
-        """
-        Raises:
-            StateError: a number that is not finite.
-        """
-        parts = [record.recent, record.seen, record.ids, self._packed(record.numbers)]
+        """The record as bytes."""
+        arrays = [record.recent, record.seen, record.ids, self._packed(record.numbers)]
         head = _HEADER.pack(
             *(0, _FORMAT, STORAGES.index(self.storage), len(record.recent), len(record.seen), len(record.ids)),
             *(record.events, record.time),
         )
-        body = b"".join([head[4:], *(part.tobytes() for part in parts)])
-        return struct.pack("<I", zlib.crc32(body) if self.checked else 0) + body
+        parts = [memoryview(head)[4:], *(np.ascontiguousarray(array).data for array in arrays)]
+        checksum = 0
+        if self.checked:
+            for part in parts:
+                checksum = zlib.crc32(part, checksum)
+        return b"".join([struct.pack("<I", checksum), *parts])
 
     def decode(self, data: bytes, user: str) -> Record:
         """The record of ``user``, whom an error names.
@@ -138,7 +139,7 @@ def check_finite(numbers: np.ndarray, users: Sequence[str], what: str) -> None:
         StateError: a row of ``numbers [B, S]`` with nan or infinity; its user is named.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        if math.isfinite(numbers.sum(dtype=np.float64)):  # a nan or an infinity in it would show
+        if math.isfinite(numbers.sum()):  # a nan or an infinity in it would show
             return
     for user, row in zip(users, numbers, strict=True):
         if not np.isfinite(row).all():

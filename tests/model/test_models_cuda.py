@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from .conftest import build_tiny
+from .conftest import STATE_SPACE, build_tiny
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and the fused kernels")
 
@@ -71,3 +71,43 @@ def test_a_model_trained_on_cuda_scores_the_same_on_a_cpu(preset: str) -> None:
     with torch.no_grad():
         scores = model.score_all(model.forward(items, lengths))
         assert_close(scores, on_cpu.score_all(on_cpu.forward(items.cpu(), lengths.cpu())).double(), 5e-3, "scores")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("settings", [{}, {"bundle_size": 3, "bundle_recent": 5}], ids=["plain", "bundled"])
+@pytest.mark.parametrize("name", STATE_SPACE)
+def test_steps_and_prefill_on_cuda(
+    name: str, settings: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "ieee")
+    reference = build_tiny(name, **SIZES, **settings).double()
+    model = copy.deepcopy(reference).float().cuda()
+    items, _ = batch()
+    lengths = (items > 0).sum(1)
+    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        expected = reference.forward(items, lengths)
+        state = model.encode(items.cuda())
+        assert_close(model.last_hidden(state), expected, TOLERANCE[dtype], "prefilled")
+        more = torch.randint(1, 30, (len(items), 7))
+        for column in more.T:
+            hidden, state = model.step(column.cuda(), state)
+        whole = torch.zeros(len(items), items.shape[1] + 7, dtype=torch.int64)
+        for row, n in enumerate(lengths.tolist()):
+            whole[row, : n + 7] = torch.cat([items[row, :n], more[row]])
+        if name != "RecMamba" or reference.position_embedding is None:
+            assert_close(hidden, reference.forward(whole, lengths + 7), 2 * TOLERANCE[dtype], "stepped")
+
+
+def test_a_recommender_on_cuda_says_what_one_on_a_cpu_says() -> None:
+    from recbole_holo.inference import Event, Recommender
+    from tests.inference.conftest import served
+
+    model, items = served(**SIZES)
+    answers = []
+    for net in (model, copy.deepcopy(model).cuda()):
+        recommender = Recommender(net, items)
+        recommender.update_many([Event(f"u{n % 7}", f"i{1 + n * n % 39}") for n in range(100)])
+        answers.append([recommender.recommend(f"u{n}", k=5) for n in range(7)])
+    for one, other in zip(*answers, strict=True):
+        for a, b in zip(one.suggestions, other.suggestions, strict=True):
+            assert abs(a.score - b.score) < 5e-3 * max(1, abs(a.score))

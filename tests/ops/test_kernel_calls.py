@@ -14,6 +14,7 @@ from recbole_holo.layers import LatentMamba2, Mamba, Mamba2
 from recbole_holo.ops import backend, causal_conv1d, selective_scan, state_space_dual, state_space_dual_with_state
 from recbole_holo.ops.causal_conv1d import causal_conv1d_reference
 from recbole_holo.ops.mamba2_block import gated_rms_norm
+from recbole_holo.ops.mamba_block import MambaState
 from recbole_holo.ops.selective_scan import selective_scan_reference
 from recbole_holo.ops.state_space_dual import DualArguments, _reference, state_space_dual_reference
 
@@ -140,12 +141,44 @@ def mamba_split_conv1d_scan_combined(
     return gated_rms_norm(y.flatten(-2), z, rmsnorm_weight, rmsnorm_eps, ngroups, norm_before_gate)
 
 
+def causal_conv1d_update(
+    x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None
+):
+    """``x [batch, D]``, ``conv_state [batch, D, W - 1]`` in place."""
+    assert x.dtype == conv_state.dtype
+    assert conv_state.shape == (*x.shape, weight.shape[1] - 1)
+    extended = torch.cat([conv_state, x.unsqueeze(-1)], -1)
+    conv_state.copy_(extended[..., 1:])
+    y = (extended.float() * weight.float()).sum(-1) + (0 if bias is None else bias.float())
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+def selective_state_update(
+    state, x, dt, A, B, C, D=None, z=None, dt_bias=None, dt_softplus=False, state_batch_indices=None
+):
+    """``state [batch, (H,) D, N]`` in place; with heads, one number a head has strides of 0 over the rest."""
+    heads = state.dim() == 4
+    if heads:
+        assert (A.stride(-1), A.stride(-2), dt.stride(-1), dt_bias.stride(-1)) == (0, 0, 0, 0)
+        shared = state.shape[1] // B.shape[1]
+        B, C = (t.repeat_interleave(shared, 1).unsqueeze(2) for t in (B, C))
+    else:
+        B, C = B.unsqueeze(1), C.unsqueeze(1)
+    dt = F.softplus(dt.float() + dt_bias) if dt_softplus else dt.float() + dt_bias
+    state.copy_(torch.exp(dt.unsqueeze(-1) * A) * state + (dt * x).unsqueeze(-1) * B)
+    y = (state * C).sum(-1) + D * x
+    return (y if z is None else y * F.silu(z.float())).to(x.dtype)
+
+
 STAND_INS = {
     "selective_scan": selective_scan_fn,
     "causal_conv1d": causal_conv1d_fn,
     "mamba_block": mamba_inner_fn,
     "state_space_dual": mamba_chunk_scan_combined,
     "mamba2_block": mamba_split_conv1d_scan_combined,
+    "mamba_step": selective_state_update,
+    "mamba2_step": selective_state_update,
+    "causal_conv1d_step": causal_conv1d_update,
 }
 
 
@@ -238,3 +271,34 @@ def test_parts_of_a_latent_mamba2(calls, monkeypatch):
 def test_layouts_of_the_convolution(calls, channels, start):
     x, weight = torch.randn(2, 6, 32)[..., start : start + channels], torch.randn(channels, 4)
     torch.testing.assert_close(causal_conv1d(x, weight), causal_conv1d_reference(x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("make", "width", "op"),
+    [
+        (lambda: Mamba(16, d_state=4, bias=True, d_conv=3), (16,), "mamba_step"),
+        (lambda: Mamba2(16, d_state=8, headdim=4, ngroups=2), (16,), "mamba2_step"),
+        (lambda: LatentMamba2(4, 8, d_state=6, headdim=8, ngroups=2), (4, 8), "mamba2_step"),
+    ],
+    ids=["mamba", "mamba2", "latent"],
+)
+def test_steps(calls, monkeypatch, make, width, op, dtype):
+    """States lie in rows of a larger table, as a recommender keeps them."""
+    block, x = make().eval(), torch.randn(3, *width)
+    shapes = [(3, *shape) for shape in block.state_shapes()]
+    sizes = [torch.Size(shape[1:]).numel() for shape in shapes]
+    table = torch.randn(3, sum(sizes))
+    views = MambaState(*(t.view(shape) for t, shape in zip(table.split(sizes, 1), shapes, strict=True)))
+    before = MambaState(*(t.clone() for t in views))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        y = block.step(x, views)
+    assert calls[0] == op
+    assert set(calls) == {op, "causal_conv1d_step"}
+    monkeypatch.undo()
+    with torch.no_grad():
+        expected, after = block.forward_from(x.unsqueeze(1), before)
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(y.float(), expected[:, 0], rtol=tolerance, atol=tolerance)
+    for tensor, wanted in zip(views, after, strict=True):
+        torch.testing.assert_close(tensor, wanted, rtol=tolerance, atol=tolerance)
