@@ -30,7 +30,7 @@ import torch
 import yaml
 
 import recbole_holo  # noqa: F401  the shims come before any RecBole import
-from benchmarks.cells import cell_parser, kept, measured, write_page
+from benchmarks.cells import RESULTS, cell_parser, kept, measured, write_page
 from recbole_holo.bridge import resources
 from recbole_holo.data.attributes import ItemAttribute
 from recbole_holo.data.catalogue import Catalogue
@@ -254,6 +254,30 @@ def page(device: str) -> str:
     return "\n".join([*lines, f"\nMeasured on: {'; '.join(sorted(machines))}."])
 
 
+def plot(device: str, target: Path) -> None:
+    """Median and 99th percentile of an event against the length of the history, both axes logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 4.4), layout="constrained")
+    lines = {model: kept("streaming", ["events", model, "memory"], device) for model in STATES}
+    for model, name in zip(ATTENTION, ("SASRec, fused attention", "RecBole's SASRec"), strict=True):
+        found = {str(length): kept("streaming", ["again", model, str(length)], device) for length in LENGTHS}
+        lines[name] = {length: cell for length, cell in found.items() if cell and "failed" not in cell}
+    for name, cells_of in lines.items():
+        points = [(length, cells_of[str(length)]) for length in LENGTHS if cells_of and str(length) in cells_of]
+        if points:
+            x, y = [length for length, _ in points], [cell["p50"] / 1e3 for _, cell in points]
+            (line,) = axis.plot(x, y, marker="o", label=name)
+            axis.fill_between(x, y, [cell["p99"] / 1e3 for _, cell in points], alpha=0.15, color=line.get_color())
+    axis.set(xscale="log", yscale="log", xlabel="events in the user's history", ylabel="milliseconds, p50 to p99")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(target, dpi=120)
+
+
 def main() -> None:
     options = cell_parser(__doc__).parse_args()
     torch.set_num_threads(options.threads)
@@ -264,14 +288,9 @@ def main() -> None:
         for words in cells():
             threads = 2 if words[0] == "batches" and options.device == "cpu" else options.threads
             measured("streaming", words, argparse.Namespace(**{**vars(options), "threads": threads}))
-    write_page(
-        "streaming",
-        options.device,
-        "Streaming: constant-time recommendation",
-        __doc__,
-        page(options.device),
-        "--threads 1",
-    )
+    body = f"![An event against the length of the history](streaming-{options.device}.png)\n\n{page(options.device)}"
+    plot(options.device, RESULTS / f"streaming-{options.device}.png")
+    write_page("streaming", options.device, "Constant-time recommendation", __doc__, body, "--threads 1")
 
 
 if __name__ == "__main__":
