@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,16 @@ import pytest
 import torch
 
 from recbole_holo.errors import ConfigError, DataError
-from recbole_holo.inference import Event, FaissIndex, Recommender, SQLiteStore, StateError, StoreError
+from recbole_holo.inference import (
+    Compression,
+    Event,
+    FaissIndex,
+    Recommender,
+    SQLiteStore,
+    StateError,
+    StoreError,
+    compress,
+)
 from recbole_holo.quick_start import load_data_and_model, run
 
 from .conftest import N_ITEMS, served
@@ -317,3 +327,30 @@ def test_forgetting_a_user():
     recommender.forget(["a", "b"])
     assert recommender.recommend("a").basis == "popularity"
     assert len(recommender.store) == 0
+
+
+def test_a_compressed_model_serves(histories):
+    model, items = served(binding="role", bind_output=True)
+    small = compress(model, Compression(table_bits=8, weight_bits=8))
+    recommender = Recommender(small, items)
+    recommender.update_many(Event(user, item) for user, history in histories.items() for item in history)
+    for user, history in histories.items():
+        assert_says(recommender.recommend(user, k=5), expected(small, history))
+
+
+def test_items_without_an_event_are_recommended_by_their_attributes(cyclic_dataset, tiny, write_dataset):
+    """Genre g1 follows g0: items of the right genre that nobody ever had come before those of another."""
+    inter = [tuple(line.split("\t")) for line in Path("dataset/cycle/cycle.inter").read_text().splitlines()[1:]]
+    inter = [row for row in inter if row[1] not in ("i18", "i19")]
+    genres = [(f"i{n}", f"g{n % 3}") for n in range(18)] + [(f"new{g}{n}", f"g{g}") for g in range(3) for n in range(3)]
+    write_dataset(inter, "cycle", item=("item_id:token\tgenre:token", genres))
+    settings = {**tiny, "item_attributes": ["genre"], "binding": "role", "bind_output": True, "epochs": 30}
+    settings |= {"cold_items": "attributes", "keep_unseen_items": True, "learning_rate": 0.02}
+    recommender = Recommender.load(run("HoloMambaRec", cyclic_dataset, config_dict=settings)["report"]["checkpoint"])
+    new = [f"new{g}{n}" for g in range(3) for n in range(3)]
+    right = 0
+    for start in range(10):
+        found = recommender.recommend(history=[f"i{start + t}" for t in range(4)], k=3, candidates=new)
+        right += all(item.startswith(f"new{(start + 4) % 3}") for item in found.items)
+    assert right >= 6
+    assert recommender.update("a", "new11") == "applied"
