@@ -20,6 +20,7 @@ from tqdm import tqdm
 from recbole_holo.data.catalogue import Catalogue
 from recbole_holo.errors import ConfigError
 from recbole_holo.explain import readings_of
+from recbole_holo.inference.compression import Compression, compress
 from recbole_holo.inference.records import Codec, Record, check_finite, event_key
 from recbole_holo.inference.retrieval import FaissIndex, best_of, top_items
 from recbole_holo.inference.stores import MemoryStore, StateStore, StoreError
@@ -146,7 +147,7 @@ class Recommender:
         self.codec = Codec(model.state_layout(), storage, checked=not isinstance(self.store, MemoryStore))
         self.remember, self.late, self.index = remember, late, index
         self._device = next(model.parameters()).device
-        self._popular = self.catalogue.popularity[1:].argsort(descending=True, stable=True) + 1
+        self._popular = self.catalogue.popularity[1:].argsort(descending=True, stable=True).numpy() + 1
         self._lock = threading.RLock()
         self.version = self._version()
         self.stale = self.store.version not in (None, self.version)
@@ -161,6 +162,7 @@ class Recommender:
         device: str | torch.device | None = None,
         index: str | None = None,
         effort: int | None = None,
+        compression: Compression | None = None,
         **options: Any,
     ) -> Recommender:
         """From a checkpoint alone: ids, titles and attributes of the items are in it.
@@ -168,6 +170,8 @@ class Recommender:
         Args:
             device: None = a GPU where there is one.
             index: kind of :class:`~recbole_holo.inference.retrieval.FaissIndex`, with its ``effort``.
+            compression: of the model, to serve from less memory; states that are to be left out need histories, so
+                compress such a model yourself.
             options: as of the class.
 
         Raises:
@@ -176,6 +180,8 @@ class Recommender:
         from recbole_holo.quick_start import load_model
 
         model, catalogue = load_model(checkpoint, device)
+        if compression is not None:
+            model = compress(model, compression)
         built = None if index is None else FaissIndex(model, index, effort)
         return cls(model, catalogue, store, index=built, **options)
 
@@ -410,9 +416,8 @@ class Recommender:
         answers = []
         for row, (user, (items, scores)) in enumerate(zip(users, found, strict=True)):
             if not known[row]:
-                allowed = None if candidates is None else set(numbers.tolist())
-                popular = (item for item in self._popular.tolist() if allowed is None or item in allowed)
-                items = [item for item, _ in zip(popular, range(k), strict=False)]
+                popular = self._popular if candidates is None else self._popular[np.isin(self._popular, numbers)]
+                items = popular[:k].tolist()
                 scores = self.catalogue.popularity[items].tolist()
             reasons = self._reasons(hidden[row], items) if why and known[row] else [""] * len(items)
             basis = "history" if known[row] else "popularity"

@@ -21,6 +21,7 @@ from recbole_holo.inference import (
     StateError,
     StoreError,
     compress,
+    stored_bytes,
 )
 from recbole_holo.quick_start import load_data_and_model, run
 
@@ -318,6 +319,10 @@ def test_from_a_checkpoint_without_its_data(model_name, cyclic_dataset, tiny, tm
         np.testing.assert_allclose([s.score for s in found.suggestions], best.values, rtol=1e-3, atol=1e-4)
         assert found.items == [tokens[n] for n in best.indices]
     assert recommender.catalogue.item_attributes["genre"].labels[1:] == ["g0", "g1", "g2"]
+    small = Recommender.load(saved, compression=Compression(table_bits=16, weight_bits=16))
+    assert stored_bytes(small.model) < 0.6 * stored_bytes(recommender.model)
+    best = [{one.item: one.score for one in r.recommend(history=history).suggestions} for r in (recommender, small)]
+    assert sum(item in best[1] for item in best[0]) >= 9
 
 
 def test_forgetting_a_user():
