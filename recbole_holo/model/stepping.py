@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from recbole_holo.layers.bundling import TemporalBundling
 from recbole_holo.layers.carried import Carried, Recurrent, Watched
-from recbole_holo.layers.tracing import step_program
+from recbole_holo.layers.traced_step import step_program
 from recbole_holo.ops import backend
 from recbole_holo.ops.mamba_block import MambaState
 from recbole_holo.ops.step_program import StepProgram

@@ -1,7 +1,7 @@
 """A stack of layers as a list of operations that the C++ kernels run at once, one event of each sequence.
 
 With one event a sequence, calling modules and operators takes ten times as long as their arithmetic does. Nobody writes
-the list: it is traced from the layers (:mod:`recbole_holo.layers.tracing`), so that a model has one description.
+the list: it is traced from the layers (:mod:`recbole_holo.layers.traced_step`), so that a model has one description.
 """
 
 from __future__ import annotations

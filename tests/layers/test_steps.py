@@ -13,7 +13,7 @@ from recbole_holo.layers import LatentMamba2, Mamba
 from recbole_holo.layers.carried import Carried, through
 from recbole_holo.layers.mamba2 import Mamba2
 from recbole_holo.layers.rope import Rotary
-from recbole_holo.layers.tracing import step_program
+from recbole_holo.layers.traced_step import step_program
 from recbole_holo.ops import backend
 from recbole_holo.ops.mamba_block import MambaState
 
