@@ -55,11 +55,18 @@ class Watched:
         return tuple(number for p in found if p is not None for number in (p.data_ptr(), p._version))
 
 
+class StateShapes(NamedTuple):
+    """Of the state of one sequence."""
+
+    conv: tuple[int, ...]
+    ssm: tuple[int, ...]
+
+
 class Recurrent(nn.Module):
     """A layer with a state of constant size: reads a sequence whole, in parts, or step by step."""
 
-    def state_shapes(self) -> MambaState:
-        """Of the state of one sequence: the shapes of ``conv`` and ``ssm``."""
+    def state_shapes(self) -> StateShapes:
+        """Of a :class:`~recbole_holo.ops.mamba_block.MambaState`, without the batch."""
         raise NotImplementedError
 
     def forward_from(

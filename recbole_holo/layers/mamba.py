@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recbole_holo.errors import ConfigError
-from recbole_holo.layers.carried import Recurrent
+from recbole_holo.layers.carried import Recurrent, StateShapes
 from recbole_holo.layers.init import initialise_ssm
 from recbole_holo.ops.mamba_block import MambaState, MambaWeights, mamba_block, mamba_block_with_state
 from recbole_holo.ops.step import Stepper, mamba_stepper
@@ -74,8 +74,8 @@ class Mamba(Recurrent):
         """``[B, L, d_model]`` → ``[B, L, d_model]``."""
         return mamba_block(hidden, self._weights())
 
-    def state_shapes(self) -> MambaState:
-        return MambaState((self.d_conv - 1, self.d_inner), (self.d_inner, self.d_state))  # type: ignore[arg-type]
+    def state_shapes(self) -> StateShapes:
+        return StateShapes((self.d_conv - 1, self.d_inner), (self.d_inner, self.d_state))
 
     def forward_from(
         self, hidden: Tensor, state: MambaState | None, lengths: Tensor | None = None

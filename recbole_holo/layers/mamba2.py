@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from recbole_holo.errors import ConfigError
-from recbole_holo.layers.carried import Recurrent
+from recbole_holo.layers.carried import Recurrent, StateShapes
 from recbole_holo.layers.init import initialise_ssm, mark_no_weight_decay
 from recbole_holo.layers.mamba import check_sizes
 from recbole_holo.ops.mamba2_block import Mamba2Sizes, Mamba2Weights, mamba2_block, mamba2_block_with_state
@@ -95,10 +95,10 @@ class Mamba2(Recurrent):
         """``[B, L, d_model]`` → ``[B, L, d_model]``."""
         return mamba2_block(hidden.unsqueeze(2), *_stacked(self)).squeeze(2)
 
-    def state_shapes(self) -> MambaState:
+    def state_shapes(self) -> StateShapes:
         """``conv [d_conv - 1, channels of x, B, C]`` and ``ssm [nheads, headdim, d_state]``."""
         channels = self.d_inner + 2 * self.ngroups * self.d_state
-        return MambaState((self.d_conv - 1, channels), (self.nheads, self.headdim, self.d_state))  # type: ignore[arg-type]
+        return StateShapes((self.d_conv - 1, channels), (self.nheads, self.headdim, self.d_state))
 
     def forward_from(
         self, hidden: Tensor, state: MambaState | None, lengths: Tensor | None = None
@@ -199,10 +199,10 @@ class LatentMamba2(Recurrent):
         """``[B, L, v, d_c]`` → ``[B, L, v, d_c]``."""
         return mamba2_block(hidden, *_stacked(self))
 
-    def state_shapes(self) -> MambaState:
+    def state_shapes(self) -> StateShapes:
         """``conv [v, d_conv - 1, channels of x, B, C]`` and ``ssm [v, nheads, headdim, d_state]``."""
         v, channels, _, width = self.conv1d.weight.shape
-        return MambaState((v, width - 1, channels), (v, self.nheads, self.headdim, self.d_state))  # type: ignore[arg-type]
+        return StateShapes((v, width - 1, channels), (v, self.nheads, self.headdim, self.d_state))
 
     def forward_from(
         self, hidden: Tensor, state: MambaState | None, lengths: Tensor | None = None
