@@ -33,6 +33,7 @@ def rows(model: Any) -> dict[str, Compression | None]:
     for bits in (16, 8, 4):
         found[f"weights in {bits} bits"] = Compression(32, bits)
     found["both in 8 bits"] = Compression(8, 8)
+    found["both in 8 bits, bound when read"] = Compression(8, 8, fold=False)
     for rank in (d // 2, 3 * d // 4):
         found[f"tables of rank {rank}"] = Compression(32, 32, rank=rank)
     for keep in (states // 2, states // 4) if states else ():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from recbole_holo.errors import ConfigError
 from recbole_holo.inference.tables import BITS, CompressedTable
 from recbole_holo.layers import Mamba
+from recbole_holo.layers.holographic import AttributeBinding
 from recbole_holo.ops.causal_conv1d import causal_conv1d
 
 CRITERIA = ("hankel", "energy")
@@ -27,6 +28,9 @@ class Compression:
         weight_bits: of a number of all matrices of the encoder; vectors (norms, biases, D) are kept in 16 at least.
         rank: of the item tables; None = full.
         states: of each channel of the Mamba-1 blocks, by ``criterion``; None = all. See :func:`truncate_states`.
+        fold: attributes into the table that the encoder reads. Where the model binds its input only, that is a second
+            table beside the one that is scored against; False binds an item with its attributes when it is read, which
+            takes longer and half the bytes.
     """
 
     table_bits: int = 8
@@ -34,6 +38,7 @@ class Compression:
     rank: int | None = None
     states: int | None = None
     criterion: str = "energy"
+    fold: bool = True
 
     def __post_init__(self) -> None:
         for field in ("table_bits", "weight_bits"):
@@ -46,15 +51,42 @@ class Compression:
 class ServedItems(nn.Module):
     """The tables of a compressed model: what the encoder reads, and what hidden states are scored against.
 
-    They are one where the model's are one. Attributes are folded in: a served model needs no ``.item`` file.
+    They are one where the model's are one. Attributes are folded in or kept with the table: a served model needs no
+    ``.item`` file.
     """
 
-    def __init__(self, read: Tensor, scored: Tensor, wanted: Compression, normalised: bool) -> None:
+    def __init__(self, model: Any, wanted: Compression) -> None:
         super().__init__()
-        same = read is scored and not normalised
-        scored = F.normalize(scored, dim=-1) if normalised else scored
-        self.read = CompressedTable(read, wanted.table_bits, wanted.rank)
-        self.scored = self.read if same else CompressedTable(scored, wanted.table_bits, wanted.rank)
+
+        def compressed(table: Tensor) -> CompressedTable:
+            return CompressedTable(table, wanted.table_bits, wanted.rank)
+
+        self.read: nn.Module
+        scored = model.item_vectors()
+        input_only = model.head is None and model.binding is not None and not model.bind_output
+        if input_only and not wanted.fold:
+            table = compressed(scored)
+            self.read = BoundWhenRead(table, model.binding)
+        else:
+            every = torch.arange(model.n_items, device=model.item_embedding.weight.device)
+            self.read = table = compressed(model.embed_items(every))
+        same = model.head is None and (not input_only or not wanted.fold) and not model.cosine
+        self.scored = table if same else compressed(F.normalize(scored, dim=-1) if model.cosine else scored)
+
+
+class BoundWhenRead(nn.Module):
+    """Rows of a compressed table, bound with their items' attributes."""
+
+    def __init__(self, table: CompressedTable, binding: AttributeBinding) -> None:
+        super().__init__()
+        self.table, self.binding = table, binding
+        attributes: Any = binding.attributes
+        for vectors in attributes:
+            vectors.index = vectors.index.to(torch.uint8 if len(vectors.labels) <= 256 else torch.int32)
+
+    def forward(self, items: Tensor) -> Tensor:
+        """``[...]`` → ``[..., d]``."""
+        return self.binding(self.table(items), items)
 
 
 @torch.no_grad()
@@ -71,10 +103,7 @@ def compress(model: Any, wanted: Compression, histories: Tensor | None = None) -
         ConfigError: states of a model without Mamba-1 blocks, or without histories.
     """
     model = copy.deepcopy(model).eval()
-    read = model.embed_items(torch.arange(model.n_items, device=model.item_embedding.weight.device))
-    scored = model.item_vectors()
-    tied = model.head is None and (model.binding is None or model.bind_output)
-    served = ServedItems(read, read if tied else scored, wanted, model.cosine)
+    served = ServedItems(model, wanted)
     if wanted.states is not None:
         if histories is None:
             raise ConfigError("states", wanted.states, "histories say which to keep: pass some")
@@ -82,10 +111,10 @@ def compress(model: Any, wanted: Compression, histories: Tensor | None = None) -
     model.unfold()
     model.item_embedding = nn.Embedding(1, 1)  # nothing reads it any more
     model.binding = model.head = None
+    model.served, model.compression = served, wanted
     for parameter in model.parameters():
         parameter.copy_(_rounded(parameter, wanted.weight_bits))
         parameter.requires_grad_(False)
-    model.served, model.compression = served, wanted
     return model
 
 

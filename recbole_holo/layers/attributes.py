@@ -46,7 +46,7 @@ class AttributeVectors(nn.Module):
         ``table`` is the vectors themselves unless another is given, made of them; its row 0 must be zero.
         """
         table = self.embedding.weight if table is None else table
-        value = self.index[items]
+        value = self.index[items].long()  # of a compressed model in fewer bits
         if self.index.dim() == 1:
             return F.embedding(value, table, padding_idx=0)
         mean = F.embedding_bag(value.flatten(0, -2), table, mode="mean", padding_idx=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -57,8 +59,8 @@ def test_a_compressed_model_scores_as_the_model_does(name, settings):
     with torch.no_grad():
         model.item_embedding.weight.mul_(20)
         scores = model.score_all(model.hidden_states(seq)[:, 3])
-        for bits, tolerance in ((32, 1e-5), (16, 0.04), (8, 0.06)):
-            small = compress(model, Compression(bits, bits))
+        for (bits, tolerance), fold in product(((32, 1e-5), (16, 0.04), (8, 0.06)), (True, False)):
+            small = compress(model, Compression(bits, bits, fold=fold))
             found = small.score_all(small.hidden_states(seq)[:, 3])
             assert (found - scores).norm() < tolerance * scores.norm()
             items = torch.tensor([4, 9, 3, 3])
@@ -143,3 +145,11 @@ def test_settings_are_checked():
         Compression(rank=0)
     with pytest.raises(ConfigError, match=r"states: 4.*pass some"):
         compress(build_tiny("RecMamba"), Compression(states=4))
+
+
+def test_attributes_that_are_bound_when_read_save_a_table():
+    model = build_tiny("HoloMambaRec", hidden_size=32, n_items=2000, binding="item")
+    folded, bound = (stored_bytes(compress(model, Compression(fold=fold))) for fold in (True, False))
+    index = 2000  # one value an item
+    values = model.binding.attributes[0].embedding.weight.shape[0]
+    assert folded - bound == 2000 * (32 + 2) - index - values * (32 + 2) - 2  # and α in 16 bits
