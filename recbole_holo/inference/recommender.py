@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from logging import getLogger
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from recbole_holo.data.catalogue import Catalogue
 from recbole_holo.errors import ConfigError
 from recbole_holo.explain import readings_of
 from recbole_holo.inference.compression import Compression, compress
-from recbole_holo.inference.records import Codec, Record, check_finite, event_key
+from recbole_holo.inference.records import Codec, Record, StateError, check_finite, event_key
 from recbole_holo.inference.retrieval import FaissIndex, best_of, top_items
 from recbole_holo.inference.stores import MemoryStore, StateStore, StoreError
 from recbole_holo.model.stepping import State, Stepping
@@ -144,12 +145,13 @@ class Recommender:
         self.model: Any = model.eval()
         self.catalogue = Catalogue.of(items)
         self.store = MemoryStore() if store is None else store
-        self.codec = Codec(model.state_layout(), storage, checked=not isinstance(self.store, MemoryStore))
+        self.version = self._version(storage)
+        leaves = not isinstance(self.store, MemoryStore)
+        self.codec = Codec(model.state_layout(), storage, checked=leaves, version=self.version)
         self.remember, self.late, self.index = remember, late, index
         self._device = next(model.parameters()).device
         self._popular = self.catalogue.popularity[1:].argsort(descending=True, stable=True).numpy() + 1
         self._lock = threading.RLock()
-        self.version = self._version()
         self.stale = self.store.version not in (None, self.version)
         if self.store.version is None:
             self.store.replace(self.version, ())
@@ -188,14 +190,22 @@ class Recommender:
     # ------------------------------------------------------------------ events in
     def update(self, user: str, item: str, timestamp: float | None = None, event_id: str | None = None) -> str:
         """One event. Returns what became of it: ``applied``, ``late`` (and applied), ``skipped: late``,
-        ``skipped: repeated`` or ``skipped: unknown item``. When this returns, the state is stored."""
+        ``skipped: repeated`` or ``skipped: unknown item``. When this returns, the state is stored.
+
+        Raises:
+            StateError: the user's state is damaged.
+            StoreError: it could not be stored; the state is as before.
+        """
         return self._apply([Event(user, item, timestamp, event_id)])[0]
 
     def update_many(self, events: Iterable[Event], batch_size: int = 512, show_progress: bool = False) -> Counter[str]:
-        """Events in the order given, in batches of ``batch_size``, each stored at once: how many became what."""
+        """Events in the order given, in batches of ``batch_size``, each stored at once: how many became what.
+
+        The events of a user whose state is damaged are left out as ``skipped: damaged state``, and the log says whose.
+        """
         outcomes: Counter[str] = Counter()
         for batch in _batches(tqdm(events, desc="events", unit="event", disable=not show_progress), batch_size):
-            outcomes.update(self._apply(batch))
+            outcomes.update(self._apply_sound(batch))
         return outcomes
 
     def rebuild(
@@ -288,6 +298,16 @@ class Recommender:
             self.store.delete(users)
 
     # ------------------------------------------------------------------ inside: events
+    def _apply_sound(self, events: Sequence[Event]) -> list[str]:
+        """:meth:`_apply` without the users whose states cannot be used."""
+        try:
+            return self._apply(events)
+        except StateError as error:  # nothing of this batch is stored yet
+            damaged = error.user
+            getLogger("recbole_holo").error("%s", error)
+        others = iter(self._apply_sound([event for event in events if event.user != damaged]))
+        return ["skipped: damaged state" if event.user == damaged else next(others) for event in events]
+
     def _apply(self, events: Sequence[Event]) -> list[str]:
         self._refuse_stale()
         users = list(dict.fromkeys(event.user for event in events))
@@ -444,10 +464,10 @@ class Recommender:
         return reasons
 
     # ------------------------------------------------------------------ inside: versions
-    def _version(self) -> str:
+    def _version(self, storage: str) -> str:
         """What states depend on, as a short hash: a state of another version means nothing to this model."""
         digest = hashlib.blake2b(digest_size=16)
-        parts = [type(self.model).__name__, str(self.codec.layout), self.codec.storage]
+        parts = [type(self.model).__name__, str(self.model.state_layout()), storage]
         digest.update("\0".join([*parts, *self.catalogue.tokens]).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())

@@ -16,14 +16,19 @@ from recbole_holo.model.stepping import StateLayout
 
 STORAGES = ("float32", "float16", "int8")
 _FORMAT = 1
-_HEADER = struct.Struct("<IBBHIIqd")  # checksum, format, storage, recent events, seen items, event ids, events, time
+# Checksum, format, storage, recent events, seen items, event ids, version, events, time.
+_HEADER = struct.Struct("<IBBHIIQqd")
 _GROUP = 16  # numbers that share a scale in int8: the states of one channel, where a channel has 16
 _NO_IDS = np.zeros(0, dtype=np.uint64)
 _NO_ITEMS = np.zeros(0, dtype=np.int32)
 
 
 class StateError(RuntimeError):
-    """A user's state that cannot be used: which, why, and what to do. Nothing else is touched by it."""
+    """A user's state that cannot be used: whose, why, and what to do. Nothing else is touched by it."""
+
+    def __init__(self, user: str, problem: str) -> None:
+        super().__init__(f"the state of user {user!r} {problem}: rebuild it from the history")
+        self.user = user
 
 
 @dataclass
@@ -60,16 +65,17 @@ class Codec:
         storage: of their numbers: ``float32``, ``float16`` (half the size), or ``int8`` (a quarter and a bit: sixteen
             numbers have one float16 scale). What a smaller one costs in ranking is in the README.
         checked: with a checksum, for what leaves the process.
+        version: of what the states depend on, in hexadecimal digits; records of another are refused.
 
     Attributes:
         number_bytes: of the numbers of one state as stored.
     """
 
-    def __init__(self, layout: StateLayout, storage: str = "float32", checked: bool = True) -> None:
+    def __init__(self, layout: StateLayout, storage: str = "float32", checked: bool = True, version: str = "0") -> None:
         if storage not in STORAGES:
             raise ConfigError("storage", storage, f"use {', '.join(STORAGES)}")
         self.layout, self.storage, self.checked = layout, storage, checked
-        self._size = layout.size
+        self._size, self._version = layout.size, int(version[:16], 16)
         self._groups = -(-self._size // _GROUP)
         sizes = {"float32": 4 * self._size, "float16": 2 * self._size, "int8": (_GROUP + 2) * self._groups}
         self.number_bytes = sizes[storage]
@@ -79,7 +85,7 @@ class Codec:
         arrays = [record.recent, record.seen, record.ids, self._packed(record.numbers)]
         head = _HEADER.pack(
             *(0, _FORMAT, STORAGES.index(self.storage), len(record.recent), len(record.seen), len(record.ids)),
-            *(record.events, record.time),
+            *(self._version, record.events, record.time),
         )
         parts = [memoryview(head)[4:], *(np.ascontiguousarray(array).data for array in arrays)]
         checksum = 0
@@ -96,16 +102,18 @@ class Codec:
         """
         whole = len(data) >= _HEADER.size
         if not whole or (self.checked and zlib.crc32(memoryview(data)[4:]) != int.from_bytes(data[:4], "little")):
-            raise StateError(f"the state of user {user!r} is damaged ({len(data)} bytes): rebuild it from the history")
-        _, form, storage, recent, seen, ids, events, time = _HEADER.unpack_from(data)
+            raise StateError(user, f"is damaged ({len(data)} bytes)")
+        _, form, storage, recent, seen, ids, version, events, time = _HEADER.unpack_from(data)
         if form != _FORMAT or STORAGES[storage] != self.storage:
-            raise StateError(f"the state of user {user!r} is stored as {STORAGES[storage]}, not as {self.storage}")
+            raise StateError(user, f"is stored as {STORAGES[storage]}, not as {self.storage}")
+        if version != self._version:
+            raise StateError(user, "is of another model or version")
         at, found = _HEADER.size, []
         for kind, count in ((np.int32, recent), (np.int32, seen), (np.uint64, ids)):
             found.append(np.frombuffer(data, kind, count, at))
             at += found[-1].nbytes
         if len(data) - at != self.number_bytes:
-            raise StateError(f"the state of user {user!r} has {len(data) - at} bytes, not {self.number_bytes}")
+            raise StateError(user, f"has {len(data) - at} bytes, not {self.number_bytes}")
         return Record(self._unpacked(data, at), events, time, *found)
 
     def _packed(self, numbers: np.ndarray) -> np.ndarray:
@@ -143,6 +151,4 @@ def check_finite(numbers: np.ndarray, users: Sequence[str], what: str) -> None:
             return
     for user, row in zip(users, numbers, strict=True):
         if not np.isfinite(row).all():
-            raise StateError(
-                f"the state of user {user!r} {what} is not finite (nan or inf): rebuild it from the history"
-            )
+            raise StateError(user, f"{what} is not finite (nan or inf)")

@@ -16,6 +16,7 @@ from recbole_holo.inference import (
     Compression,
     Event,
     FaissIndex,
+    MemoryStore,
     Recommender,
     SQLiteStore,
     StateError,
@@ -220,7 +221,17 @@ def test_states_of_another_model_are_refused_and_rebuilt(tmp_path, histories):
         Recommender(model, items, store).recommend("u0")
 
 
-def test_a_state_that_is_not_finite_is_refused_and_nothing_else_lost():
+def test_a_state_that_another_process_wrote_with_another_model():
+    model, items = served()
+    store, other = MemoryStore(), Recommender(served(seed=1)[0], items)
+    recommender = Recommender(model, items, store)
+    other.update("a", "i1")
+    store.put({"a": other.store.get(["a"])[0]})
+    with pytest.raises(StateError, match="user 'a' is of another model or version"):
+        recommender.recommend("a")
+
+
+def test_a_state_that_is_not_finite_is_refused_and_nothing_else_lost(caplog):
     model, items = served()
     recommender = Recommender(model, items)
     recommender.update_many([Event("a", "i1"), Event("b", "i2")])
@@ -229,14 +240,15 @@ def test_a_state_that_is_not_finite_is_refused_and_nothing_else_lost():
     record.numbers[70] = np.nan
     recommender.store.put({"a": recommender.codec.encode(record)})
     good = recommender.store.get(["b"])
-    for call in (
-        lambda: recommender.update("a", "i3"),
-        lambda: recommender.update_many([Event("b", "i3"), Event("a", "i3")]),
-    ):
-        with pytest.raises(StateError, match=r"user 'a' in the store is not finite.*rebuild"):
-            call()
+    with pytest.raises(StateError, match=r"user 'a' in the store is not finite.*rebuild"):
+        recommender.update("a", "i3")
     assert recommender.store.get(["b"]) == good
-    assert recommender.recommend("b").basis == "history"
+    events = [Event("b", "i3"), Event("a", "i3"), Event("c", "i4"), Event("b", "i5"), Event("a", "i3")]
+    with caplog.at_level("ERROR"):
+        assert recommender.update_many(events) == Counter({"applied": 3, "skipped: damaged state": 2})
+    assert "user 'a'" in caplog.text
+    assert_says(recommender.recommend("b", k=5), expected(model, ["i2", "i3", "i5"]))
+    good = recommender.store.get(["b"])
     with torch.no_grad():
         model.item_embedding.weight[7] = torch.nan
     model.unfold()
