@@ -79,7 +79,8 @@ def main() -> None:
     head = ["", "KiB", "of the whole", f"validation {metric}", f"test {metric}", "change"]
     body = tabulate(lines, headers=head, tablefmt="github", disable_numparse=True)
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
-    keys = ("model", "dataset", "seed", "item_attributes", "binding", "binding_algebra", "bind_output", "epochs")
+    keys = ("model", "dataset", "seed", "item_attributes")
+    keys += ("binding", "binding_algebra", "binding_scale", "bind_output", "epochs")
     training = "python run_recbole_holo.py " + " ".join(f'--{key}="{config[key]}"' for key in keys)
     title = f"{config['model']} on {config['dataset']}, compressed"
     text = f"# {title}\n\n    {training}\n    python -m benchmarks.compression CHECKPOINT\n\n{about}\n\n{body}\n\n"

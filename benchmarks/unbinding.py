@@ -17,7 +17,7 @@ the state of the scan of the encoder's first layer by the linear map to the boun
 users, then unbound; measured on the other half. (The layer also keeps the last three inputs of its convolution, from
 which these three are read without a mistake.) An attribute's *prior* is how often its commonest value would be right.
 The models of ml-100k are those of ``python run_recbole_holo.py --dataset=ml-100k --seed=1 --binding=FORM
---item_attributes="['class','release_year']" [--binding_algebra=unitary] [--bind_output=True]``.
+--binding_scale=ortho --item_attributes="['class','release_year']" [--binding_algebra=unitary] [--bind_output=True]``.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
     (float), ``learn_temperature`` (bool), ``sparse_embedding`` (bool); of InfoNCE and SampledCE: ``num_negatives``
     (int), ``negative_distribution`` (uniform | popularity | in_batch | mixed), ``popularity_exponent`` (float),
     ``logq_correction`` (bool, ~ = True for SampledCE and False for InfoNCE). Of attributes: ``binding`` (~ | item |
-    role | both | triple | add | concat), ``binding_algebra`` (none | unitary), ``binding_scale`` (ortho | none),
+    role | both | triple | add | concat), ``binding_algebra`` (none | unitary), ``binding_scale`` (ortho | none | ~),
     ``binding_alpha`` (float), ``bind_output`` (bool), ``cold_items`` (train | attributes), ``attribute_values`` (mean |
     first), ``attribute_floats`` (quantile | learned), ``attribute_range`` (float), ``attribute_size`` (int).
     """
