@@ -27,11 +27,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
-import recbole_holo  # noqa: F401  the shims come before any RecBole import
 from benchmarks.cells import RESULTS, cell_parser, kept, measured, write_page
-from recbole_holo.bridge import resources
+from recbole_holo.bridge.config import Config
 from recbole_holo.data.attributes import ItemAttribute
 from recbole_holo.data.catalogue import Catalogue
 from recbole_holo.inference import Event, FaissIndex, Recommender, SQLiteStore
@@ -50,29 +48,9 @@ CATALOGUES = (10_000, 100_000, 1_000_000)
 EVENTS = 2_000
 
 
-class Settings(dict):
-    """What a model reads of RecBole's Config: a missing key gives None."""
-
-    def __missing__(self, key: str) -> None:
-        return None
-
-
-def settings_of(model: str, device: str, **others: Any) -> Settings:
-    """The package's defaults of a model."""
-    found = Settings(
-        USER_ID_FIELD="user_id",
-        ITEM_ID_FIELD="item_id",
-        LIST_SUFFIX="_list",
-        ITEM_LIST_LENGTH_FIELD="item_length",
-        NEG_PREFIX="neg_",
-        MAX_ITEM_LIST_LENGTH=200,
-        device=torch.device(device),
-    )
-    for path in (resources.properties("overall.yaml"), resources.properties(f"model/{model}.yaml")):
-        if path.is_file():
-            found.update(yaml.safe_load(path.read_text()))
-    found.update(others)
-    return found
+def settings_of(model: str, device: str, **others: Any) -> Config:
+    """The defaults of a model."""
+    return Config(model, "ml-100k", config_dict={**others, "use_gpu": device == "cuda"})
 
 
 def catalogue(n_items: int) -> Catalogue:
@@ -133,7 +111,7 @@ def again_cell(model: str, length: int, device: str) -> dict[str, Any]:
     rounds = max(3, min(50, 20_000 // length))
     items = torch.randint(1, ITEMS, (1, length), device=device)
     lengths = torch.tensor([length], device=device)
-    config = settings_of(model, device, MAX_ITEM_LIST_LENGTH=length, n_layers=2, n_heads=2, hidden_size=64)
+    config = settings_of(model, device, MAX_ITEM_LIST_LENGTH=length, loss_type="CE")
     if model == "SequenceSASRec":
         net: Any = SequenceSASRec(config, catalogue(ITEMS)).to(device).eval()
         answer = lambda: net.score_all(net.forward(items, lengths)).topk(10)  # noqa: E731
@@ -141,8 +119,6 @@ def again_cell(model: str, length: int, device: str) -> dict[str, Any]:
         from recbole.data.interaction import Interaction
         from recbole.model.sequential_recommender.sasrec import SASRec
 
-        inner = {"inner_size": 256, "hidden_dropout_prob": 0.5, "attn_dropout_prob": 0.5, "hidden_act": "gelu"}
-        config.update(inner, layer_norm_eps=1e-12, initializer_range=0.02, loss_type="CE")
         net = SASRec(config, catalogue(ITEMS)).to(device).eval()
         batch = Interaction({"item_id_list": items, "item_length": lengths})
         answer = lambda: net.full_sort_predict(batch).topk(10)  # noqa: E731

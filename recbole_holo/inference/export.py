@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_holo.errors import ConfigError, MissingExtra
-from recbole_holo.layers.carried import Carried
 from recbole_holo.model.stepping import Stepping
 from recbole_holo.ops import backend
 
@@ -52,13 +51,9 @@ class StepGraph(nn.Module):
     model: Any
 
     def forward(self, items: Tensor, events: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        carried = Carried(events, self.model._states(numbers, "now"))
-        x = F.embedding(items, self.read).unsqueeze(1)  # [B, 1, d]
-        hidden = self.model.encode_vectors(x, carried)[:, 0]
-        states = [tensor.flatten(1) for block in self.model._blocks() for tensor in carried.states[block]]
+        hidden, numbers = self.model.read_vectors(F.embedding(items, self.read), events, numbers)
         query = F.normalize(hidden, dim=-1) if self.model.cosine else hidden
-        scores = F.linear(query, self.scored, self.model.item_bias)
-        return scores, torch.cat([hidden, *states], 1)
+        return F.linear(query, self.scored, self.model.item_bias), numbers
 
 
 @torch.no_grad()

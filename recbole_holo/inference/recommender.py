@@ -120,9 +120,11 @@ class Recommender:
         late: ``append`` or ``skip``.
         index: None = exact; or an index for a large catalogue.
 
+    A store with states of another model, version or layout is not touched: ``stale`` is True then, and what needs a
+    state raises a StoreError until :meth:`rebuild`.
+
     Raises:
         ConfigError: a model without a state, or a setting that cannot be used.
-        StoreError: the store holds states of another model, version or layout.
     """
 
     def __init__(
@@ -213,6 +215,9 @@ class Recommender:
     ) -> Counter[str]:
         """States from whole histories ``(user, items in the order of time)``, encoded in parallel, in the place of all
         states in the store; until all are made, the store is as before.
+
+        Histories have neither times nor event ids: what comes next is late for nobody, and repeats nothing. Leave out
+        what will be sent again.
 
         Returns:
             how many events were ``applied``, and ``skipped: unknown item``.

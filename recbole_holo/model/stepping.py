@@ -186,6 +186,17 @@ class Stepping(nn.Module):
         state = State(total, recent, numbers)
         return self.last_hidden(state), state
 
+    def read_vectors(self, x: Tensor, position: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """One event more without bundles, as a function of tensors that changes none of them: for graphs.
+
+        ``x [B, d]`` as :meth:`embed_items` gives it, at ``position [B]``, and the numbers ``[B, S]`` before it → hidden
+        ``[B, d]`` and the numbers after it.
+        """
+        carried = Carried(position, self._states(numbers, "now"))
+        hidden = self.encode_vectors(x.unsqueeze(1), carried)[:, 0]
+        states = [tensor.flatten(1) for block in self._blocks() for tensor in carried.states[block]]
+        return hidden, torch.cat([hidden, *states], 1)
+
     def last_hidden(self, state: State) -> Tensor:
         """The hidden state after the last event of each history, ``[B, d]``; zero where there is none."""
         return state.numbers[:, : self.state_layout().fields[0].end]

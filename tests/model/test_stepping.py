@@ -46,9 +46,13 @@ def test_stepping_is_the_parallel_pass(preset, n_values):
 
 
 @pytest.mark.parametrize("preset", STEPPING)
+@pytest.mark.parametrize("n_values", [5, None], ids=["attributes", "no attributes"])
 @pytest.mark.parametrize("settings", [{}, BUNDLED], ids=["plain", "bundled"])
-def test_at_sizes_that_fill_no_vector(preset, settings):
-    model, items = small(preset, hidden_size=24, d_state=5, **settings), torch.randint(1, 30, (27, 31))
+def test_at_sizes_that_fill_no_vector(preset, n_values, settings):
+    model, items = (
+        small(preset, hidden_size=24, d_state=5, n_values=n_values, **settings),
+        torch.randint(1, 30, (27, 31)),
+    )
     with torch.no_grad():
         found = stepped(model, items)
         for length in (1, 4, 5, 6, 7, 8, 9, 17, 31):
@@ -119,10 +123,11 @@ def test_the_step_kernels_are_the_plain_form(name):
         backend.set_backend("auto")
 
 
-@pytest.mark.parametrize("name", STATE_SPACE)
+@pytest.mark.parametrize("preset", STEPPING)
+@pytest.mark.parametrize("n_values", [5, None], ids=["attributes", "no attributes"])
 @pytest.mark.parametrize("settings", [{}, BUNDLED], ids=["plain", "bundled"])
-def test_in_bfloat16(name, settings):
-    model, items = small(name, **settings), torch.randint(1, 30, (4, 20))
+def test_in_bfloat16(preset, n_values, settings):
+    model, items = small(preset, n_values=n_values, **settings), torch.randint(1, 30, (4, 20))
     lengths = torch.full((4,), 20)
     with torch.no_grad():
         exact = parallel(model, items, lengths)
