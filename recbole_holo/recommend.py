@@ -8,6 +8,7 @@ Items are given by their title or by their id in the data set's files.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("history, user, interactive", None, "give one of the three")
         if args.user is not None and args.store is None:
             raise ConfigError("store", None, "a user's state is in a store: name its file, or give a --history")
+        if args.store is not None and not os.path.isfile(args.store):
+            raise ConfigError("store", args.store, "there is no such file")
         store = None if args.store is None else SQLiteStore(args.store)
         recommender = Recommender.load(args.checkpoint, store)
         settings = {"k": args.k, "exclude_seen": not args.include_seen, "why": binds(recommender)}

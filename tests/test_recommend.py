@@ -80,6 +80,7 @@ def test_where_items_were() -> None:
     [
         ([], "give one of the three"),
         (["--history", "i1", "--interactive"], "give one of the three"),
+        (["--user", "ann", "--store", "typo.db"], "store: 'typo.db' cannot be used: there is no such file"),
         (["--user", "ann"], "store: None cannot be used: a user's state is in a store"),
     ],
 )

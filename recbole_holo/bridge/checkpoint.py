@@ -102,6 +102,8 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu", trust_checkpoi
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
+        if not _is_pickle(path):
+            raise CheckpointError(f"checkpoint: {os.fspath(path)!r} is not a checkpoint") from error
         if not trust_checkpoint:
             raise CheckpointError(
                 f"checkpoint: {os.fspath(path)!r} holds pickled Python objects, and loading them can run any code. If "
@@ -114,3 +116,9 @@ def load(path: str | os.PathLike[str], map_location: Any = "cpu", trust_checkpoi
         return torch.load(path, map_location=map_location, weights_only=False)
     except Exception as error:  # an untrusted format has no fixed set of errors
         raise CheckpointError(f"checkpoint: {os.fspath(path)!r} could not be unpickled ({error})") from error
+
+
+def _is_pickle(path: str | os.PathLike[str]) -> bool:
+    """Whether a file begins as torch.save's do: an archive, or before that a pickle."""
+    with open(path, "rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")

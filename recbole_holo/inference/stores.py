@@ -213,10 +213,13 @@ class SQLiteStore:
         try:
             yield
         except sqlite3.Error as error:
-            full = "full" in str(error) or "disk I/O" in str(error)
-            remedy = "make room on the disk" if full else "restore it from a copy, or rebuild it from the histories"
+            remedy = "restore it from a copy, or rebuild it from the histories."
+            if "full" in str(error) or "disk I/O" in str(error):
+                remedy = "make room on the disk."
+            elif "unable to open" in str(error):
+                remedy = "is there such a folder, and may it be written to?"
             raise StoreError(
-                f"the store {self.path!r} cannot be {done} ({error}): {remedy}. What was acknowledged before is kept."
+                f"the store {self.path!r} cannot be {done} ({error}): {remedy} What was acknowledged before is kept."
             ) from error
 
     def _check_whole(self) -> None:

@@ -96,3 +96,10 @@ def test_a_crash_while_saving_keeps_the_good_file(tmp_path: Path, monkeypatch: p
     monkeypatch.undo()
     assert checkpoint.load(path)["epoch"] == 1
     assert os.listdir(tmp_path) == ["c.pth"]
+
+
+def test_a_file_of_another_kind_is_no_pickle(tmp_path: Path) -> None:
+    path = tmp_path / "notes.md"
+    path.write_text("# Notes")
+    with pytest.raises(checkpoint.CheckpointError, match=r"notes.md' is not a checkpoint"):
+        checkpoint.load(path)
