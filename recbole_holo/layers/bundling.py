@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from recbole_holo.ops.circular_convolution import unitary
+from recbole_holo.ops.superposition import superposes_rows, superposition, superposition_of_rows
 
 Embed = Callable[[Tensor], Tensor]
 _EVENTS = 2**13  # whose vectors exist at a time
@@ -80,37 +82,47 @@ class TemporalBundling(nn.Module):
         position = torch.arange(length, device=items.device)
         recent_token = position - bundled * (size - 1)
         past_token = (position + 1).div(size, rounding_mode="floor") - 1
-        # Of L events no history has more tokens than those whose last window just lacks an event.
-        token = torch.arange(min(windows + self.recent + size - 1, length), device=items.device)
-        token_of = torch.where(position >= bundled * size, recent_token, past_token).clamp(max=len(token) - 1)  # [B, L]
-
-        is_bundle = token < bundled  # [B, T]
-        recent = items.gather(1, (token + bundled * (size - 1)).clamp(max=length - 1)).masked_fill(is_bundle, 0)
+        # The latest events of a history follow its bundles; behind its end a token may hold anything.
+        latest = torch.arange(self.recent + size - 1, device=items.device)
         bundles = self.bundles(items[:, : windows * size].unflatten(1, (windows, size)), embed)
-        bundles = F.pad(bundles, (0, 0, 0, len(token) - windows))
-        return torch.where(is_bundle.unsqueeze(-1), bundles, embed(recent)), Layout(token_of)
+        tokens = F.pad(bundles, (0, 0, 0, len(latest)))
+        recent = embed(items.gather(1, (bundled * size + latest).clamp(max=length - 1)))
+        place = torch.arange(len(items), device=items.device).unsqueeze(-1) * tokens.shape[1] + bundled + latest
+        tokens.flatten(0, 1).index_copy_(0, place.flatten(), recent.flatten(0, 1).to(tokens.dtype))
+        token_of = torch.where(position >= bundled * size, recent_token, past_token)
+        return tokens, Layout(token_of.clamp(max=tokens.shape[1] - 1))  # [B, L]
 
     def bundles(self, items: Tensor, embed: Embed) -> Tensor:
         """Windows of k events ``[..., k]`` → their superpositions ``[..., d]``.
 
-        A bound role is a circulant matrix, so a window is one product with k of them: faster than transforms at the
-        widths of recommenders. The events' vectors are made a part at a time, and made again for the gradient: of a
-        bundled history no more is kept than of one that is k times as short.
+        No more is kept of a bundled history than of one that is k times as short: a kernel reads vectors from a table
+        of the items that occur; without it the events' vectors are made a part at a time, and again for the gradient.
         """
-        d, size = self.roles.shape[1], items.shape[-1]
-        step = torch.arange(d, device=items.device)
-        roles = unitary(self.roles[:size]).flip(0)  # in the order of the events
-        circulants = roles[:, (step - step.unsqueeze(-1)) % d]  # [k, d, d]: x @ circulant = x ⊛ role
-        matrix = circulants.flatten(0, 1) / size**0.5
-
-        def superposed(part: Tensor, matrix: Tensor) -> Tensor:
-            return embed(part).flatten(-2) @ matrix
-
+        size = items.shape[-1]
+        roles = unitary(self.roles[:size]).flip(0) / size**0.5  # in the order of the events
+        if superposes_rows(items, roles):
+            ids, events = distinct(items)
+            return _again(lambda roles: superposition_of_rows(embed(ids), events, roles), roles)
         parts = items.flatten(0, -2).split(max(_EVENTS // size, 1))
-        if torch.is_grad_enabled():
-            made = [
-                checkpoint(superposed, part, matrix, use_reentrant=False, preserve_rng_state=False) for part in parts
-            ]
-        else:
-            made = [superposed(part, matrix) for part in parts]
+        made = [_again(partial(_superposed, embed, part), roles) for part in parts]
         return torch.cat(made).unflatten(0, items.shape[:-1])
+
+
+def _superposed(embed: Embed, part: Tensor, roles: Tensor) -> Tensor:
+    return superposition(embed(part), roles)
+
+
+def _again(make: Callable[[Tensor], Tensor], roles: Tensor) -> Tensor:
+    """``make(roles)``, of which nothing is kept: it is called again for the gradient."""
+    if not torch.is_grad_enabled():
+        return make(roles)
+    return checkpoint(make, roles, use_reentrant=False, preserve_rng_state=False)
+
+
+def distinct(items: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids ``[...]`` → those that occur ``[n]``, ascending, and for each its place among them ``[...]``."""
+    largest = int(items.max())
+    if largest > items.numel():
+        return torch.unique(items, return_inverse=True)
+    occurs = torch.zeros(largest + 1, dtype=torch.long).index_fill_(0, items.flatten(), 1)  # five times as fast
+    return occurs.nonzero().flatten(), (occurs.cumsum(0) - 1)[items]

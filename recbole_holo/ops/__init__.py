@@ -22,6 +22,7 @@ from recbole_holo.ops.mamba2_block import (
 from recbole_holo.ops.mamba_block import MambaState, MambaWeights, mamba_block, mamba_block_with_state
 from recbole_holo.ops.selective_scan import selective_scan, selective_scan_with_state
 from recbole_holo.ops.state_space_dual import state_space_dual, state_space_dual_with_state
+from recbole_holo.ops.superposition import superposition, superposition_of_rows
 
 __all__ = [
     "FeedForwardWeights",
@@ -51,6 +52,8 @@ __all__ = [
     "selective_scan_with_state",
     "state_space_dual",
     "state_space_dual_with_state",
+    "superposition",
+    "superposition_of_rows",
     "unbind",
     "unitary",
 ]

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_holo.layers.bundling import TemporalBundling
+from recbole_holo.layers.bundling import TemporalBundling, distinct
+from recbole_holo.ops import backend
 from recbole_holo.ops.circular_convolution import circular_convolution, unitary
 
 D = 6
@@ -117,3 +118,42 @@ def test_parts_change_nothing_and_nothing_is_kept_of_them(monkeypatch):
         results.append((made, *torch.autograd.grad(made.square().sum(), (table, bundling.roles))))
     for whole, parts in zip(*results, strict=True):
         torch.testing.assert_close(parts, whole)
+
+
+@pytest.mark.parametrize("largest_id", [400, 10**6])
+def test_the_kernel_bundles_as_the_products_do(largest_id):
+    """Values, gradients of roles and of the items that occur, and nothing kept but ids; for catalogues of any size."""
+    torch.manual_seed(0)
+    bundling, lengths = TemporalBundling(24, 4, 10).train(), torch.tensor([900, 1, 350, 899, 12, 14])
+    ids = torch.randint(1, largest_id, (300,))[torch.randint(300, (6, 900))] * (torch.arange(900) < lengths[:, None])
+    table = torch.randn(300, 24, requires_grad=True)
+    seen = []
+
+    def embed(items: Tensor) -> Tensor:
+        seen.append(items.numel())
+        return table[items % 300] * (items > 0).unsqueeze(-1)
+
+    def run() -> list[Tensor]:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            made = bundling.bundles(ids.unflatten(1, (225, 4)), embed)
+        tokens, layout = bundling(ids, lengths, embed)
+        states = layout.spread(tokens) * (ids > 0).unsqueeze(-1)
+        return [made, states, *torch.autograd.grad((states * weights).sum(), (table, bundling.roles))]
+
+    kept: list[int] = []
+    weights = torch.randn(6, 900, 24)
+    found = run()
+    assert max(seen) <= 6 * 13 + 301  # vectors of the items that occur, not of the events
+    assert max(kept, default=0) <= 24 * 4
+    with backend.excluding("native"):
+        for got, wanted in zip(found, run(), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("largest", [3, 60, 10**9])
+def test_distinct_ids_and_their_places(largest):
+    items = torch.randint(0, largest + 1, (4, 5, 3))
+    ids, place = distinct(items)
+    assert ids.tolist() == sorted(set(items.flatten().tolist()))
+    assert torch.equal(ids[place], items)

@@ -32,6 +32,7 @@ SOURCES = (
     "mamba2.cpp",
     "convolution.cpp",
     "step.cpp",
+    "superposition.cpp",
 )
 LOG2_E = 1.4426950408889634  # the kernels take decays as powers of two
 COMPILERS = ("c++", "g++", "clang++")
