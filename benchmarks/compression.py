@@ -28,12 +28,16 @@ def rows(model: Any) -> dict[str, Compression | None]:
         max((m.d_state for m in model.modules() if isinstance(m, Mamba)), default=0),
     )
     found: dict[str, Compression | None] = {"as trained, 32 bits": None}
-    for bits in (16, 8, 4):
+    for bits in (16, 8, 6, 4):
         found[f"tables in {bits} bits"] = Compression(bits, 32)
-    for bits in (16, 8, 4):
+    for bits in (16, 8, 6, 4):
         found[f"weights in {bits} bits"] = Compression(32, bits)
-    found["both in 8 bits"] = Compression(8, 8)
-    found["both in 8 bits, bound when read"] = Compression(8, 8, fold=False)
+    both = {"8 bits": (8, 8), "7 and 6 bits": (7, 6), "6 bits": (6, 6)}
+    for name, bits in both.items():
+        found[f"tables and weights in {name}"] = Compression(*bits)
+    if model.binding is not None and not model.bind_output and model.head is None:
+        for name, bits in both.items():
+            found[f"tables and weights in {name}, bound when read"] = Compression(*bits, fold=False)
     for rank in (d // 2, 3 * d // 4):
         found[f"tables of rank {rank}"] = Compression(32, 32, rank=rank)
     for keep in (states // 2, states // 4) if states else ():

@@ -159,8 +159,7 @@ def load_data_and_model(
     dataset = create_dataset(config)
     train_data, valid_data, test_data = data_preparation(config, dataset)
     init_seed(config["seed"], config["reproducibility"])
-    model = _build_model(config, train_data)
-    model.load_state_dict(state["state_dict"])
+    model = _with_weights(_build_model(config, train_data), state).to(config["device"])
     model.load_other_parameter(checkpoint.unpack(state.get("other_parameter")))
     model.eval()
     return config, model, dataset, train_data, valid_data, test_data
@@ -189,8 +188,7 @@ def load_model(model_file: str | os.PathLike[str], device: str | torch.device | 
     backend.set_backend(config["backend"])
     with torch.random.fork_rng(devices=[]):  # what is drawn for a new model is loaded over
         model = registry.get_model_class(config["model"])(config, catalogue)
-    model.load_state_dict(state["state_dict"])
-    return model.to(device or config["device"]).eval(), catalogue
+    return _with_weights(model, state).to(device or config["device"]).eval(), catalogue
 
 
 # ---------------------------------------------------------------------- shared steps
@@ -226,6 +224,16 @@ def _start(config: Config) -> None:
 
 def _build_model(config: Config, train_data: Any) -> Any:
     return registry.get_model_class(config["model"])(config, train_data._dataset).to(config["device"])
+
+
+def _with_weights(model: Any, state: dict[str, Any]) -> Any:
+    """A new model with what a checkpoint has of it; of a compressed one's, compressed."""
+    if "compression" in state:
+        from recbole_holo.inference.compression import restored
+
+        return restored(model, state)
+    model.load_state_dict(state["state_dict"])
+    return model
 
 
 def _build_trainer(config: Config, model: Any) -> Any:

@@ -58,16 +58,18 @@ class Catalogue:
 
     # ------------------------------------------------------------------ in a checkpoint
     def plain(self) -> dict[str, Any]:
-        """As a checkpoint holds it."""
+        """As a checkpoint holds it, whole numbers in as few bytes as they need."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return fields | {"item_attributes": {name: vars(one) for name, one in self.item_attributes.items()}}
+        attributes = {n: {**vars(one), "index": _narrow(one.index)} for n, one in self.item_attributes.items()}
+        return fields | {"popularity": _narrow(self.popularity), "item_attributes": attributes}
 
     @classmethod
     def from_plain(cls, saved: Mapping[str, Any]) -> Catalogue:
         """The inverse of :meth:`plain`."""
         given = {name: saved[name] for name in cls.__dataclass_fields__}
-        given["item_attributes"] = {n: ItemAttribute(**a) for n, a in given["item_attributes"].items()}
-        return cls(**given)
+        attributes = given["item_attributes"].items()
+        given["item_attributes"] = {n: ItemAttribute(**{**a, "index": a["index"].long()}) for n, a in attributes}
+        return cls(**{**given, "popularity": given["popularity"].long()})
 
     # ------------------------------------------------------------------ what a model reads of a data set
     def num(self, field_name: str) -> int:
@@ -117,6 +119,13 @@ class Catalogue:
     def title(self, number: int) -> str:
         """What to call an item: its title, or its id where it has none."""
         return self.titles[number] or self.tokens[number]
+
+
+def _narrow(numbers: Tensor) -> Tensor:
+    """Whole numbers from 0 on in the smallest type that holds them."""
+    largest = int(numbers.max()) if numbers.numel() else 0
+    fitting = (t for t in (torch.uint8, torch.int16, torch.int32) if largest <= torch.iinfo(t).max)
+    return numbers.to(next(fitting, torch.int64))
 
 
 def item_titles(dataset: Any) -> dict[str, str]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recbole_holo.bridge import checkpoint
 from recbole_holo.errors import ConfigError
 from recbole_holo.inference.tables import BITS, CompressedTable
 from recbole_holo.layers import Mamba
 from recbole_holo.layers.holographic import AttributeBinding
 from recbole_holo.ops.causal_conv1d import causal_conv1d
+from recbole_holo.ops.quantization import Quantized, dequantize, quantize
 
 CRITERIA = ("hankel", "energy")
 
@@ -24,7 +27,7 @@ class Compression:
     """What a model is compressed to.
 
     Args:
-        table_bits: of a number of the item tables, 4, 8, 16 or 32.
+        table_bits: of a number of the item tables, 4 to 8, 16 or 32.
         weight_bits: of a number of all matrices of the encoder; vectors (norms, biases, D) are kept in 16 at least.
         rank: of the item tables; None = full.
         states: of each channel of the Mamba-1 blocks, by ``criterion``; None = all. See :func:`truncate_states`.
@@ -88,13 +91,18 @@ class BoundWhenRead(nn.Module):
         """``[...]`` → ``[..., d]``."""
         return self.binding(self.table(items), items)
 
+    def indices(self) -> list[Tensor]:
+        """Which values the items have."""
+        attributes: Any = self.binding.attributes
+        return [vectors.index for vectors in attributes]
+
 
 @torch.no_grad()
 def compress(model: Any, wanted: Compression, histories: Tensor | None = None) -> Any:
     """A copy of a trained model of this package that scores as it does from fewer bytes, and cannot be trained.
 
     The tables stay compressed in memory; the encoder's weights, which are few, are floats again when they are used, of
-    the values that their bits leave (:func:`stored_bytes` counts the bits).
+    the values that their bits leave.
 
     Args:
         histories: ``[B, L]``, pads on the right; what states are judged by, needed for ``wanted.states``.
@@ -113,39 +121,84 @@ def compress(model: Any, wanted: Compression, histories: Tensor | None = None) -
     model.binding = model.head = None
     model.served, model.compression = served, wanted
     for parameter in model.parameters():
-        parameter.copy_(_rounded(parameter, wanted.weight_bits))
+        parameter.copy_(_read(_stored(parameter, wanted.weight_bits), wanted.weight_bits, parameter))
         parameter.requires_grad_(False)
     return model
 
 
+def compress_checkpoint(
+    checkpoint_file: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    wanted: Compression,
+    histories: Tensor | None = None,
+) -> None:
+    """Writes the model of a checkpoint, compressed, to a file of its own, which holds its bits and the items' ids,
+    titles and attributes.
+
+    It is loaded as a checkpoint is (``Recommender.load``, ``load_model``, ``load_data_and_model``); no training goes on
+    from it.
+
+    Args:
+        histories: as of :func:`compress`.
+
+    Raises:
+        ConfigError: as of :func:`compress`.
+        CheckpointError: not a checkpoint of this package, or a compressed one.
+    """
+    from recbole_holo.quick_start import load_model
+
+    saved = checkpoint.load(checkpoint_file)
+    if "compression" in saved:
+        raise checkpoint.CheckpointError(f"checkpoint: {os.fspath(checkpoint_file)!r} is compressed already")
+    small = compress(load_model(checkpoint_file, "cpu")[0], wanted, histories)
+    kept = {name: saved[name] for name in ("config", "catalogue")}
+    checkpoint.save({**kept, "compression": asdict(wanted), "state_dict": stored(small)}, target)
+
+
+def restored(model: Any, saved: dict[str, Any]) -> Any:
+    """The compressed model of a file, from a new one of its class and settings and what :func:`stored` gave."""
+    wanted = Compression(**saved["compression"])
+    small = compress(model.cpu(), wanted, torch.ones(1, 1, dtype=torch.long))  # of states only the number counts
+    like = small.state_dict()
+    values = {n: _read(value, wanted.weight_bits, like[n]) for n, value in saved["state_dict"].items()}
+    small.load_state_dict(values)
+    return small
+
+
+def stored(model: nn.Module) -> dict[str, Any]:
+    """A compressed model's state dict in its bits: a matrix of integers as its ``codes`` and ``scales``."""
+    wanted: Compression = model.compression  # type: ignore[assignment]
+    weights = {name for name, _ in model.named_parameters()} - {"item_embedding.weight"}
+    return {
+        name: _stored(value, wanted.weight_bits) if name in weights else value
+        for name, value in model.state_dict().items()
+    }
+
+
 def stored_bytes(model: nn.Module) -> int:
     """Bytes of a model's tables and weights as stored: of a compressed one in its bits, else in their types."""
-    wanted: Compression | None = getattr(model, "compression", None)
-    if wanted is None:
+    if getattr(model, "compression", None) is None:
         return sum(p.numel() * p.element_size() for p in model.parameters())
-    served: ServedItems = model.served  # type: ignore[assignment]
-    tables = sum(b.numel() * b.element_size() for b in served.buffers())
-    weights = [p for name, p in model.named_parameters() if not name.startswith("item_embedding")]
-    return tables + sum(_bytes(p, wanted.weight_bits) for p in weights)
+    parts = [value for name, value in stored(model).items() if name != "item_embedding.weight"]
+    tensors = [t for part in parts for t in (part.values() if isinstance(part, dict) else [part])]
+    tensors += [index for module in model.modules() if isinstance(module, BoundWhenRead) for index in module.indices()]
+    once = {t.data_ptr(): t for t in tensors}  # the table that is read may be the one that is scored against
+    return sum(t.numel() * t.element_size() for t in once.values())
 
 
-def _as_matrix(parameter: Tensor) -> Tensor | None:
-    """``[rows, columns]`` of what is worth a scale a row; None for what is kept in 16 bits at least."""
-    return parameter.flatten(1) if parameter.dim() > 1 and parameter[0].numel() >= 16 else None
+def _stored(parameter: Tensor, bits: int) -> Any:
+    """A weight in its bits; what is not worth a scale a row in 16 at least."""
+    if bits < 16 and parameter.dim() > 1 and parameter[0].numel() >= 16:
+        codes, scales, _, _ = quantize(parameter.flatten(1), bits)
+        return {"codes": codes, "scales": scales}
+    return parameter.detach() if bits == 32 else parameter.detach().bfloat16()
 
 
-def _rounded(parameter: Tensor, bits: int) -> Tensor:
-    matrix = _as_matrix(parameter)
-    if matrix is None:
-        return CompressedTable(parameter.reshape(1, -1), max(bits, 16))(torch.tensor([0])).view_as(parameter)
-    return CompressedTable(matrix, bits)(torch.arange(len(matrix), device=matrix.device)).view_as(parameter)
-
-
-def _bytes(parameter: Tensor, bits: int) -> int:
-    matrix = _as_matrix(parameter)
-    if matrix is None:
-        return parameter.numel() * max(bits, 16) // 8
-    return -(-parameter.numel() * bits // 8) + (2 * len(matrix) if bits < 16 else 0)
+def _read(value: Any, bits: int, like: Tensor) -> Tensor:
+    """The inverse of :func:`_stored`, in the shape and type of ``like``."""
+    if not isinstance(value, dict):
+        return value.to(like.dtype)
+    return dequantize(Quantized(value["codes"], value["scales"], bits, like[0].numel())).view_as(like)
 
 
 # ---------------------------------------------------------------------- states

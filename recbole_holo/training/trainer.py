@@ -129,7 +129,13 @@ class SafeCheckpoints(Trainer):
             self._train_data.generator.set_state(state["batches"].cpu())
 
     def _load(self, path: str) -> dict[str, Any]:
-        return checkpoint.load(path, self.device, trust_checkpoint=bool(self.config["trust_checkpoint"]))
+        saved = checkpoint.load(path, self.device, trust_checkpoint=bool(self.config["trust_checkpoint"]))
+        if "compression" in saved:
+            raise checkpoint.CheckpointError(
+                f"checkpoint: {path!r} is of a compressed model, which is not trained on nor loaded over another: use "
+                "the checkpoint that it was made of; to evaluate it, load_data_and_model()"
+            )
+        return saved
 
     def resume_checkpoint(self, resume_file: str | os.PathLike[str]) -> None:
         """Continues from a checkpoint: the next epoch runs as it would have run without the stop."""

@@ -16,7 +16,9 @@ from tests.model.conftest import MODELS, build, build_tiny
 from tests.model.test_models import histories
 
 
-@pytest.mark.parametrize(("bits", "error"), [(4, 1 / 14), (8, 1 / 254), (16, 2**-8), (32, 0)])
+@pytest.mark.parametrize(
+    ("bits", "error"), [(4, 1 / 14), (5, 1 / 30), (6, 1 / 62), (7, 1 / 126), (8, 1 / 254), (16, 2**-8), (32, 0)]
+)
 @pytest.mark.parametrize("width", [7, 64])
 def test_a_table_keeps_its_rows_within_half_a_step(bits, error, width):
     torch.manual_seed(0)
@@ -139,7 +141,7 @@ def test_what_cannot_be_truncated_is_named(name, states, message):
 
 
 def test_settings_are_checked():
-    with pytest.raises(ConfigError, match=r"table_bits: 3.*4, 8, 16, 32"):
+    with pytest.raises(ConfigError, match=r"table_bits: 3.*4, 5, 6, 7, 8, 16, 32"):
         Compression(3)
     with pytest.raises(ConfigError, match="rank: 0"):
         Compression(rank=0)

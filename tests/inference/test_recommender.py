@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from recbole_holo.bridge.checkpoint import CheckpointError
 from recbole_holo.errors import ConfigError, DataError
 from recbole_holo.inference import (
     Compression,
@@ -22,9 +23,10 @@ from recbole_holo.inference import (
     StateError,
     StoreError,
     compress,
+    compress_checkpoint,
     stored_bytes,
 )
-from recbole_holo.quick_start import load_data_and_model, run
+from recbole_holo.quick_start import load_data_and_model, load_model, run
 
 from .conftest import N_ITEMS, served
 
@@ -335,6 +337,47 @@ def test_from_a_checkpoint_without_its_data(model_name, cyclic_dataset, tiny, tm
     assert stored_bytes(small.model) < 0.6 * stored_bytes(recommender.model)
     best = [{one.item: one.score for one in r.recommend(history=history).suggestions} for r in (recommender, small)]
     assert sum(item in best[1] for item in best[0]) >= 9
+
+
+@pytest.mark.parametrize(
+    ("model_name", "settings", "wanted"),
+    [
+        ("HoloMambaRec", {"binding": "item"}, Compression(6, 8, fold=False)),
+        ("HoloMambaRec", {"binding": "role", "bind_output": True}, Compression(4, 4, rank=6, states=3)),
+        ("Hydra", {"similarity": "cosine"}, Compression(16, 6)),
+        ("RecMamba", {}, Compression(32, 32)),
+    ],
+)
+def test_a_compressed_checkpoint(model_name, settings, wanted, cyclic_dataset, tiny, tmp_path):
+    """The file is the compressed model, with and without the data; it is small, and no training goes on from it."""
+    settings = {**tiny, "item_attributes": ["genre", "tags", "price"], **settings, "hidden_size": 32}
+    saved, small_file = (
+        run(model_name, cyclic_dataset, config_dict=settings)["report"]["checkpoint"],
+        tmp_path / "s.pth",
+    )
+    histories = torch.randint(1, 15, (4, 9))
+    compress_checkpoint(saved, small_file, wanted, histories)
+    expected = compress(load_model(saved, "cpu")[0], wanted, histories)
+    found, catalogue = load_model(small_file, "cpu")
+    evaluated = load_data_and_model(small_file)[1]
+    with torch.no_grad():
+        for model in (found, evaluated):
+            for one in (expected, model):
+                one.scores = one.score_all(one.hidden_states(histories)[:, -1])
+            torch.testing.assert_close(model.scores, expected.scores, rtol=0, atol=0)
+    assert stored_bytes(found) == stored_bytes(expected)
+    bare = tmp_path / "bare.pth"
+    torch.save({"catalogue": catalogue.plain(), "config": torch.load(small_file, weights_only=True)["config"]}, bare)
+    # Beside numbers a file has a name and some 300 bytes a tensor.
+    held = small_file.stat().st_size - bare.stat().st_size
+    assert held < stored_bytes(found) + 500 * (2 * len(found.state_dict()) + 10)
+    history = ["i1", "i2", "i3"]
+    loaded = Recommender.load(small_file, device="cpu")
+    assert loaded.recommend(history=history) == Recommender(expected, catalogue).recommend(history=history)
+    with pytest.raises(CheckpointError, match="is compressed already"):
+        compress_checkpoint(small_file, tmp_path / "t.pth", wanted, histories)
+    with pytest.raises(CheckpointError, match="is of a compressed model"):
+        run(model_name, cyclic_dataset, config_dict={**settings, "resume": str(small_file)})
 
 
 def test_forgetting_a_user():

@@ -33,6 +33,7 @@ SOURCES = (
     "convolution.cpp",
     "step.cpp",
     "superposition.cpp",
+    "quantization.cpp",
 )
 LOG2_E = 1.4426950408889634  # the kernels take decays as powers of two
 COMPILERS = ("c++", "g++", "clang++")
