@@ -12,9 +12,9 @@ Keys of a table: ``title``, ``protocol``, ``dataset`` (or ``datasets``: name →
 and ``base``, a row whose model, settings and choice it starts from; ``baseline`` (a row that the others are compared
 with), ``plot`` (the last metric by row), ``curves`` (validation by epoch), ``notes``.
 
-**Tuning.** The values of a row's ``search`` (setting → list; all combinations) are tried with the table's
-``tuning_seed`` first, and the best ``valid_metric`` on *validation* is taken for all its seeds: the test split is not
-evaluated in these runs, so nothing of it can be chosen by.
+**Tuning.** The values of a row's ``search`` (setting → list: all combinations; or a list of choices) are tried with the
+table's ``tuning_seed`` first, and the best ``valid_metric`` on *validation* is taken for all its seeds: the test split
+is not evaluated in these runs, so nothing of it can be chosen by.
 
 Models are selected on validation where the table has one, and the last epoch is reported where it has none; the
 metrics shown are those of the test split, read once, at the end of a run.
@@ -87,7 +87,10 @@ class Table:
         search = self.content["rows"][row].get("search")
         if not search:
             return {}
-        choices = (dict(zip(search, values, strict=True)) for values in itertools.product(*search.values()))
+        if isinstance(search, list):
+            choices = search
+        else:
+            choices = [dict(zip(search, values, strict=True)) for values in itertools.product(*search.values())]
         return {self.trial(dataset, row, choice): choice for choice in choices}
 
     def best(self, dataset: str, row: str) -> dict[str, Any]:

@@ -65,9 +65,9 @@ def explain(
 
     An item's vector is unbound with the key of each attribute
     (:meth:`~recbole_holo.layers.holographic.AttributeBinding.keys`), and compared with the vectors of that attribute's
-    values. A history's vector is what the model expects next, as an item: its hidden state where the output is bound
-    (``bind_output``), else the mean of all items' vectors, weighted by the model's chances of each; it is unbound with
-    the roles or, where they are bound with items, with the mean item, which is a rougher key.
+    values. A history's vector is what the model expects next, as an item: its hidden state where the output is bound as
+    the input is (``bind_output: True``), else the mean of all items' vectors, weighted by the model's chances of each;
+    it is unbound with the roles or, where they are bound with items, with the mean item, which is a rougher key.
 
     Args:
         model: of this package, with a ``binding``.
@@ -137,7 +137,8 @@ def _expected(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     chances = (model.score_all(hidden.unsqueeze(0))[0] / model.log_temperature.exp())[1:].softmax(-1)
     every = torch.arange(1, model.n_items, device=hidden.device)
     own = chances @ model.item_embedding.weight[1:]
-    return hidden if model.bind_output and model.head is None else chances @ model.embed_items(every), own
+    as_read = model.bind_output and model.scored_products and model.head is None
+    return hidden if as_read else chances @ model.embed_items(every), own
 
 
 def main(argv: Sequence[str] | None = None) -> int:

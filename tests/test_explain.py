@@ -48,9 +48,12 @@ def test_an_items_own_values_are_found(cyclic_dataset: str, tiny: dict[str, Any]
     assert sum(own) >= 36
 
 
-def test_a_history_is_read_by_what_is_expected_next(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", [{"bind_output": False}, {"bind_output": "role", "binding": "both"}])
+def test_a_history_is_read_by_what_is_expected_next(
+    cyclic_dataset: str, tiny: dict[str, Any], settings: dict[str, Any]
+) -> None:
     """After i4 comes i5, of genre g2: the walk makes the next genre certain."""
-    _, model, data = trained(cyclic_dataset, tiny, epochs=40, learning_rate=0.01, bind_output=False)
+    _, model, data = trained(cyclic_dataset, tiny, epochs=40, learning_rate=0.01, **settings)
     right = 0
     for start in range(15):
         history = [f"i{start + t}" for t in range(4)]

@@ -31,9 +31,9 @@ class Compression:
         weight_bits: of a number of all matrices of the encoder; vectors (norms, biases, D) are kept in 16 at least.
         rank: of the item tables; None = full.
         states: of each channel of the Mamba-1 blocks, by ``criterion``; None = all. See :func:`truncate_states`.
-        fold: attributes into the table that the encoder reads. Where the model binds its input only, that is a second
-            table beside the one that is scored against; False binds an item with its attributes when it is read, which
-            takes longer and half the bytes.
+        fold: attributes into the table that the encoder reads. Where the model binds its input otherwise than its
+            output, that is a second table beside the one that is scored against; False binds an item with its
+            attributes when it is read, which takes longer and half the bytes.
     """
 
     table_bits: int = 8
@@ -66,35 +66,36 @@ class ServedItems(nn.Module):
 
         self.read: nn.Module
         scored = model.item_vectors()
-        input_only = model.head is None and model.binding is not None and not model.bind_output
-        if input_only and not wanted.fold:
+        bound = model.head is None and model.binding is not None and not (model.bind_output and model.scored_products)
+        if bound and not wanted.fold:
             table = compressed(scored)
-            self.read = BoundWhenRead(table, model.binding)
+            self.read = BoundWhenRead(table, model.binding, model.bind_output)
         else:
             every = torch.arange(model.n_items, device=model.item_embedding.weight.device)
             self.read = table = compressed(model.embed_items(every))
-        same = model.head is None and (not input_only or not wanted.fold) and not model.cosine
+        same = model.head is None and (not bound or not wanted.fold) and not model.cosine
         self.scored = table if same else compressed(F.normalize(scored, dim=-1) if model.cosine else scored)
 
 
 class BoundWhenRead(nn.Module):
-    """Rows of a compressed table, bound with their items' attributes."""
+    """Rows of a compressed table, bound with their items' attributes.
 
-    def __init__(self, table: CompressedTable, binding: AttributeBinding) -> None:
+    ``with_roles``: the table has the terms with roles already, and lacks the products with the item.
+    """
+
+    def __init__(self, table: CompressedTable, binding: AttributeBinding, with_roles: bool = False) -> None:
         super().__init__()
-        self.table, self.binding = table, binding
+        self.table, self.binding, self.with_roles = table, binding, with_roles
         attributes: Any = binding.attributes
         for vectors in attributes:
             vectors.index = vectors.index.to(torch.uint8 if len(vectors.labels) <= 256 else torch.int32)
 
     def forward(self, items: Tensor) -> Tensor:
         """``[...]`` → ``[..., d]``."""
-        return self.binding(self.table(items), items)
-
-    def indices(self) -> list[Tensor]:
-        """Which values the items have."""
-        attributes: Any = self.binding.attributes
-        return [vectors.index for vectors in attributes]
+        vectors = self.table(items)
+        if self.with_roles:
+            vectors = vectors - self.binding(torch.zeros_like(vectors), items, products=False)
+        return self.binding(vectors, items)
 
 
 @torch.no_grad()
@@ -181,7 +182,7 @@ def stored_bytes(model: nn.Module) -> int:
         return sum(p.numel() * p.element_size() for p in model.parameters())
     parts = [value for name, value in stored(model).items() if name != "item_embedding.weight"]
     tensors = [t for part in parts for t in (part.values() if isinstance(part, dict) else [part])]
-    tensors += [index for module in model.modules() if isinstance(module, BoundWhenRead) for index in module.indices()]
+    tensors += [of for m in model.modules() if isinstance(m, BoundWhenRead) for of in m.binding.buffers()]  # the items
     once = {t.data_ptr(): t for t in tensors}  # the table that is read may be the one that is scored against
     return sum(t.numel() * t.element_size() for t in once.values())
 

@@ -105,13 +105,14 @@ class AttributeBinding(nn.Module):
         """Of the attributes, in their order."""
         return [vectors.name for vectors in self._vectors()]
 
-    def forward(self, item: Tensor, items: Tensor) -> Tensor:
-        """``item [..., d]``, the vectors of ``items [...]`` → ``[..., d]``."""
+    def forward(self, item: Tensor, items: Tensor, products: bool = True) -> Tensor:
+        """``item [..., d]``, the vectors of ``items [...]`` → ``[..., d]``; without ``products``, the terms that e is a
+        factor of are left out."""
         if self.form == "concat":
             return self.mix(torch.cat([item, *(vectors(items) for vectors in self._vectors())], -1))
         times, plus = self._terms()
         x = item
-        if times:
+        if times and products:
             x = x + bind(item, self._sum(times, items), self.scale)
         return x + self._sum(plus, items) if plus else x
 

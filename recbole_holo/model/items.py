@@ -25,6 +25,8 @@ class BoundItems:
 
     Attributes:
         head: a table of its own to score against; None = the items'.
+        bind_output: whether that table is bound with attributes.
+        scored_products: whether it is bound as the encoder's is, not with the terms without e alone.
         trained_items: the ids that take part in training, the pad first; None = all.
         trained_number: of each id, its place among these.
         served: compressed tables in the place of all these (:mod:`recbole_holo.inference.compression`).
@@ -38,6 +40,7 @@ class BoundItems:
     binding: AttributeBinding | None
     head: nn.Linear | None
     bind_output: bool
+    scored_products: bool
     served: Any
     trained_items: Tensor | None
     trained_number: Tensor
@@ -50,9 +53,19 @@ class BoundItems:
         attributes = list(getattr(dataset, "item_attributes", {}).values()) if config["binding"] else []
         if attributes:
             self.binding = attribute_binding(config, attributes, d, std or (2 / (self.n_items + d)) ** 0.5)
-        self.bind_output = bool(config["bind_output"]) and self.binding is not None
+        self.bind_output, self.scored_products = self._output(config["bind_output"])
         if self.trained_items is not None:
             self._forget_cold_items(self.trained_items)
+
+    def _output(self, wanted: bool | str | None) -> tuple[bool, bool]:
+        if wanted not in (None, False, True, "role"):
+            raise ConfigError("bind_output", wanted, "use False, True or role")
+        if self.binding is None:
+            return False, False
+        if wanted == "role" and self.binding.form != "both":
+            remedy = f"only binding: both has roles beside products with the item: with {self.binding.form} use True"
+            raise ConfigError("bind_output", wanted, remedy)
+        return bool(wanted), wanted != "role"
 
     def find_trained_items(self, config, dataset) -> None:
         """With ``cold_items: attributes``, which items occur in the training split, as input or as target."""
@@ -67,7 +80,7 @@ class BoundItems:
 
     def _forget_cold_items(self, trained_items: Tensor) -> None:
         if not (self.bind_output and self.binding is not None and self.binding.form in WITHOUT_ITEM):
-            remedy = f"it needs item_attributes, bind_output: True and binding: {' or '.join(WITHOUT_ITEM)}"
+            remedy = f"it needs item_attributes, bind_output and binding: {' or '.join(WITHOUT_ITEM)}"
             raise ConfigError("cold_items", "attributes", remedy)
         trained = torch.zeros(self.n_items, 1).index_fill_(0, trained_items, 1.0)
         with torch.no_grad():
@@ -83,7 +96,7 @@ class BoundItems:
             return self.item_embedding(items)
         if torch.is_grad_enabled() or self.training:
             return self.binding(self.item_embedding(items), items)
-        return F.embedding(items, self._bound(self.item_embedding.weight))
+        return F.embedding(items, self._bound(self.item_embedding.weight, products=True))
 
     def item_vectors(self) -> Tensor:
         """The table ``[n_items, d]`` that hidden states are scored against."""
@@ -93,10 +106,10 @@ class BoundItems:
         if not self.bind_output or self.binding is None:
             return table
         if torch.is_grad_enabled() or self.training:
-            return self.binding(table, torch.arange(self.n_items, device=table.device))
-        return self._bound(table)
+            return self.binding(table, torch.arange(self.n_items, device=table.device), self.scored_products)
+        return self._bound(table, self.scored_products)
 
-    def _bound(self, table: Tensor) -> Tensor:
+    def _bound(self, table: Tensor, products: bool) -> Tensor:
         """``table`` bound with its items' attributes."""
         assert self.binding is not None
         binding = self.binding
@@ -106,9 +119,10 @@ class BoundItems:
 
         def bound() -> Tensor:
             rows = torch.arange(len(table), device=table.device).split(ROWS)
-            return torch.cat([binding(table[part], part) for part in rows])
+            return torch.cat([binding(table[part], part, products) for part in rows])
 
-        return self.folded("head" if owner is self.head else "item", bound, owner, binding)
+        name = f"{'head' if owner is self.head else 'item'}, {'all' if products else 'roles'}"
+        return self.folded(name, bound, owner, binding)
 
     def folded(self, name: str, make: Callable[[], Tensor], *modules: nn.Module) -> Tensor:
         """A table made of the parameters of ``modules``, kept until one of these changes or the mode is set.

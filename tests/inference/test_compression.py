@@ -54,7 +54,9 @@ def test_low_rank_is_the_best_there_is():
     assert table.codes.shape == (200, 5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"bind_output": True}, {"similarity": "cosine"}, {"tie_weights": False}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"bind_output": True}, {"bind_output": "role"}, {"similarity": "cosine"}, {"tie_weights": False}]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_compressed_model_scores_as_the_model_does(name, settings):
     model, seq = build_tiny(name, hidden_size=32, n_items=200, binding="both", **settings), histories(200)

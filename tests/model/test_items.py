@@ -10,6 +10,7 @@ from torch import Tensor
 from recbole_holo.data.attributes import ItemAttribute
 from recbole_holo.errors import ConfigError
 from recbole_holo.layers.holographic import FORMS
+from recbole_holo.ops import bind
 
 from .conftest import MODELS, TINY, Dataset, make_config
 from .test_models import histories, whole
@@ -126,6 +127,29 @@ def test_cold_items_are_what_their_attributes_say(loss, tie_weights):
     assert model.item_vectors()[COLD].abs().sum(-1).gt(0).all()
 
 
+@pytest.mark.parametrize(("name", "tie_weights"), [("HoloMambaRec", True), ("HoloMambaRec", False), ("RecMamba", True)])
+def test_products_with_the_item_may_be_the_encoders_alone(name, tie_weights):
+    """``bind_output: role``: read is e + Σ α (e ⊛ a) + β (r ⊛ a), scored with is the vector without the products."""
+    model = make(name, bind_output="role", tie_weights=tie_weights)
+    for training in (True, False, False):
+        items, own = torch.arange(N_ITEMS), model.item_embedding.weight
+        table = own if model.head is None else model.head.weight
+        binding = model.train(training).binding
+        roles, values = binding.roles_and_values()
+        terms = [
+            vectors(items, bind(role, a, binding.scale))
+            for vectors, role, a in zip(binding.attributes, roles, values, strict=True)
+        ]
+        added = sum(weight * term for weight, term in zip(binding.beta, terms, strict=True))
+        with torch.no_grad():
+            torch.testing.assert_close(model.item_vectors(), table + added, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(model.embed_items(items), binding(own, items), rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(model.embed_items(items), own + added)
+        step(model)
+    (grown,) = torch.autograd.grad(model.train().item_vectors().sum(), model.binding.alpha, allow_unused=True)
+    assert grown is None
+
+
 def test_cold_items_are_no_rivals_in_training():
     """Whatever is known of the cold items, the loss of the others is the same; as rivals it would not be."""
     for cold, same in (("attributes", True), ("train", False)):
@@ -147,7 +171,9 @@ def test_cold_items_are_no_rivals_in_training():
         ({"attribute_range": 0}, "attribute_range: 0"),
         ({"attribute_floats": "soft"}, "attribute_floats: 'soft'"),
         ({"binding_alpha": "half"}, "binding_alpha: 'half'"),
-        ({"cold_items": "attributes"}, "cold_items: 'attributes'.*bind_output: True"),
+        ({"bind_output": "roles"}, "bind_output: 'roles'.*False, True or role"),
+        ({"bind_output": "role", "binding": "add"}, "bind_output: 'role'.*only binding: both.*with add use True"),
+        ({"cold_items": "attributes"}, "cold_items: 'attributes'.*bind_output"),
         ({"cold_items": "attributes", "bind_output": True, "binding": "item"}, "cold_items.*role or both"),
     ],
 )
