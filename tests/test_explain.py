@@ -48,7 +48,7 @@ def test_an_items_own_values_are_found(cyclic_dataset: str, tiny: dict[str, Any]
     assert sum(own) >= 36
 
 
-@pytest.mark.parametrize("settings", [{"bind_output": False}, {"bind_output": "role", "binding": "both"}])
+@pytest.mark.parametrize("settings", [{"bind_output": False}, {"bind_output": "added", "binding": "both"}])
 def test_a_history_is_read_by_what_is_expected_next(
     cyclic_dataset: str, tiny: dict[str, Any], settings: dict[str, Any]
 ) -> None:

@@ -55,16 +55,16 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
     the setting ``binding`` says so, items bound with their attributes
     (:class:`~recbole_holo.layers.holographic.AttributeBinding`). In evaluation the bound vectors of all items are one
     table, computed once. ``bind_output`` binds the table of :meth:`item_vectors` too, with the same attributes
-    (``role``: with the terms of ``binding: both`` that have roles; products with the item are the encoder's alone), so
-    that items without events of their own are scored by what is known of them: with ``cold_items: attributes`` the
-    items that never occur in training have no vector of their own, and no part in the loss.
+    (``added``: with the terms that the item is no factor of; products with it are the encoder's alone), so that items
+    without events of their own are scored by what is known of them: with ``cold_items: attributes`` the items that
+    never occur in training have no vector of their own, and no part in the loss.
 
     Config keys: ``loss_type`` (CE | BPR | BCE | InfoNCE | SampledCE), ``similarity`` (dot | cosine), ``temperature``
     (float), ``learn_temperature`` (bool), ``sparse_embedding`` (bool); of InfoNCE and SampledCE: ``num_negatives``
     (int), ``negative_distribution`` (uniform | popularity | in_batch | mixed), ``popularity_exponent`` (float),
     ``logq_correction`` (bool, ~ = True for SampledCE and False for InfoNCE). Of attributes: ``binding`` (~ | item |
     role | both | triple | add | concat), ``binding_algebra`` (none | unitary), ``binding_scale`` (ortho | none | ~),
-    ``binding_alpha`` (float), ``bind_output`` (bool | role), ``cold_items`` (train | attributes), ``attribute_values``
+    ``binding_alpha`` (float), ``bind_output`` (bool | added), ``cold_items`` (train | attributes), ``attribute_values``
     (mean | first), ``attribute_floats`` (quantile | learned), ``attribute_range`` (float), ``attribute_size`` (int).
     """
 

@@ -26,7 +26,7 @@ class BoundItems:
     Attributes:
         head: a table of its own to score against; None = the items'.
         bind_output: whether that table is bound with attributes.
-        scored_products: whether it is bound as the encoder's is, not with the terms without e alone.
+        scored_products: whether it is bound as what the encoder reads is, products with the item included.
         trained_items: the ids that take part in training, the pad first; None = all.
         trained_number: of each id, its place among these.
         served: compressed tables in the place of all these (:mod:`recbole_holo.inference.compression`).
@@ -58,14 +58,14 @@ class BoundItems:
             self._forget_cold_items(self.trained_items)
 
     def _output(self, wanted: bool | str | None) -> tuple[bool, bool]:
-        if wanted not in (None, False, True, "role"):
-            raise ConfigError("bind_output", wanted, "use False, True or role")
-        if self.binding is None:
+        if wanted not in (None, False, True, "added"):
+            raise ConfigError("bind_output", wanted, "use False, True or added")
+        if self.binding is None or not wanted:
             return False, False
-        if wanted == "role" and self.binding.form != "both":
-            remedy = f"only binding: both has roles beside products with the item: with {self.binding.form} use True"
-            raise ConfigError("bind_output", wanted, remedy)
-        return bool(wanted), wanted != "role"
+        if self.binding.form == "both":
+            return True, wanted != "added"
+        bound = wanted != "added" or self.binding.form in WITHOUT_ITEM
+        return bound, bound
 
     def find_trained_items(self, config, dataset) -> None:
         """With ``cold_items: attributes``, which items occur in the training split, as input or as target."""

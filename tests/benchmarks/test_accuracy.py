@@ -114,7 +114,7 @@ def test_a_run_that_was_stopped_goes_on(table: Table, monkeypatch: pytest.Monkey
 
 def test_choices_may_be_listed_instead_of_combined(table: Table) -> None:
     (dataset,) = table.datasets
-    choices = [{"binding": "role", "bind_output": True}, {"binding": "both", "bind_output": "role"}]
+    choices = [{"binding": "role", "bind_output": True}, {"binding": "both", "bind_output": "added"}]
     table.content["rows"]["bound"]["search"] = choices
     trials = table.trials(dataset, "bound")
     assert list(trials.values()) == choices
@@ -122,7 +122,7 @@ def test_choices_may_be_listed_instead_of_combined(table: Table) -> None:
     for path, score in zip(trials, (0.1, 0.2), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"valid": {"ndcg@5": score}}))
-    assert table.settings(dataset, "shuffled", None)["bind_output"] == "role"
+    assert table.settings(dataset, "shuffled", None)["bind_output"] == "added"
 
 
 def test_unknown_rows_are_named(table: Table) -> None:

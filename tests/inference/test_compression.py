@@ -55,7 +55,7 @@ def test_low_rank_is_the_best_there_is():
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"bind_output": True}, {"bind_output": "role"}, {"similarity": "cosine"}, {"tie_weights": False}]
+    "settings", [{}, {"bind_output": True}, {"bind_output": "added"}, {"similarity": "cosine"}, {"tie_weights": False}]
 )
 @pytest.mark.parametrize("name", MODELS)
 def test_a_compressed_model_scores_as_the_model_does(name, settings):

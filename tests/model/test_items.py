@@ -129,8 +129,8 @@ def test_cold_items_are_what_their_attributes_say(loss, tie_weights):
 
 @pytest.mark.parametrize(("name", "tie_weights"), [("HoloMambaRec", True), ("HoloMambaRec", False), ("RecMamba", True)])
 def test_products_with_the_item_may_be_the_encoders_alone(name, tie_weights):
-    """``bind_output: role``: read is e + Σ α (e ⊛ a) + β (r ⊛ a), scored with is the vector without the products."""
-    model = make(name, bind_output="role", tie_weights=tie_weights)
+    """``bind_output: added``: read is e + Σ α (e ⊛ a) + β (r ⊛ a), scored with is the vector without the products."""
+    model = make(name, bind_output="added", tie_weights=tie_weights)
     for training in (True, False, False):
         items, own = torch.arange(N_ITEMS), model.item_embedding.weight
         table = own if model.head is None else model.head.weight
@@ -148,6 +148,14 @@ def test_products_with_the_item_may_be_the_encoders_alone(name, tie_weights):
         step(model)
     (grown,) = torch.autograd.grad(model.train().item_vectors().sum(), model.binding.alpha, allow_unused=True)
     assert grown is None
+
+
+@pytest.mark.parametrize("binding", [form for form in FORMS if form != "both"])
+def test_what_is_added_is_all_or_nothing_in_the_other_forms(binding):
+    model, same = make("Hydra", binding=binding, bind_output="added"), binding not in ("item", "triple")
+    wanted = make("Hydra", binding=binding, bind_output=same)
+    wanted.load_state_dict(model.state_dict())
+    assert torch.equal(model.item_vectors(), wanted.item_vectors())
 
 
 def test_cold_items_are_no_rivals_in_training():
@@ -171,8 +179,7 @@ def test_cold_items_are_no_rivals_in_training():
         ({"attribute_range": 0}, "attribute_range: 0"),
         ({"attribute_floats": "soft"}, "attribute_floats: 'soft'"),
         ({"binding_alpha": "half"}, "binding_alpha: 'half'"),
-        ({"bind_output": "roles"}, "bind_output: 'roles'.*False, True or role"),
-        ({"bind_output": "role", "binding": "add"}, "bind_output: 'role'.*only binding: both.*with add use True"),
+        ({"bind_output": "role"}, "bind_output: 'role'.*False, True or added"),
         ({"cold_items": "attributes"}, "cold_items: 'attributes'.*bind_output"),
         ({"cold_items": "attributes", "bind_output": True, "binding": "item"}, "cold_items.*role or both"),
     ],
