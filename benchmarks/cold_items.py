@@ -42,6 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "role": {"binding": "role", **COLD},
     "role, unitary": {"binding": "role", "binding_algebra": "unitary", **COLD},
     "both": {"binding": "both", **COLD},
+    "both, products read only": {"binding": "both", **COLD, "bind_output": "added"},
     "addition": {"binding": "add", **COLD},
     "concatenation": {"binding": "concat", **COLD},
     "role, shuffled": {"binding": "role", "attribute_shuffle": True, **COLD},
