@@ -10,7 +10,8 @@ a plot.
 Keys of a table: ``title``, ``protocol``, ``dataset`` (or ``datasets``: name → settings), ``settings`` (of all cells),
 ``seeds``, ``report`` (the test metrics shown), ``rows``: name → ``model``, ``settings``, ``config_files``, ``search``
 and ``base``, a row whose model, settings and choice it starts from; ``baseline`` (a row that the others are compared
-with), ``plot`` (the last metric by row), ``curves`` (validation by epoch), ``notes``.
+with), ``pairs`` (of rows that are compared with each other), ``plot`` (the last metric by row), ``curves`` (validation
+by epoch), ``notes``.
 
 **Tuning.** The values of a row's ``search`` (setting → list: all combinations; or a list of choices) are tried with the
 table's ``tuning_seed`` first, and the best ``valid_metric`` on *validation* is taken for all its seeds: the test split

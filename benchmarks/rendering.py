@@ -80,7 +80,7 @@ def render(table: Table) -> str:
     if "baseline" in content:
         document += (
             f"Δ is the difference to `{content['baseline']}`, over the seeds that both have; p is the paired t-test's "
-            "over users, each with the mean of its seeds, corrected for the number of rows (Holm).\n\n"
+            "over users, each with the mean of its seeds, corrected for the number of comparisons (Holm).\n\n"
         )
     if any("search" in row for row in content["rows"].values()):
         document += _choices(table)
@@ -101,36 +101,49 @@ def render(table: Table) -> str:
 
 def _dataset(table: Table, dataset: str, rows: dict[str, list[dict[str, Any]]]) -> str:
     metrics, base = table.content["report"], table.content.get("baseline")
-    compared = _compared(rows, base, metrics[-1]) if base in rows else {}
+    compared = _compared(rows, [(row, base) for row in rows if row != base], metrics[-1]) if base in rows else {}
     lines = []
     for row, cells in rows.items():
         spread = [_mean_and_deviation([cell["test"][metric] for cell in cells]) for metric in metrics]
         seconds = statistics.median(cell["seconds_per_epoch"] for cell in cells)
         sizes = [f"{cells[0][key]:,}" for key in ("parameters", "parameters_without_embeddings")]
-        delta = [compared.get(row, "")] if base else []
+        delta = [compared.get((row, base), "")] if base else []
         lines.append([row, *spread, *delta, *sizes, f"{seconds:.1f}", len(cells)])
     open_cells = sum(
         not table.cell(dataset, r, s).exists() for r in table.content["rows"] for s in table.content["seeds"]
     )
     head = [f"test {m}" for m in metrics] + ([f"Δ {metrics[-1]} (p)"] if base else [])
     head = ["model", *head, "parameters", "without item tables", "s/epoch", "seeds"]
-    text = tabulate(lines, headers=head, tablefmt="github", disable_numparse=True)
+    text = tabulate(lines, headers=head, tablefmt="github", disable_numparse=True) + _pairs(table, rows)
     return text + (f"\n\n{open_cells} cells are still to run." if open_cells else "")
 
 
-def _compared(rows: dict[str, list[dict[str, Any]]], base: str, metric: str) -> dict[str, str]:
-    """Row → its difference to the row ``base`` and the corrected p."""
+def _pairs(table: Table, rows: dict[str, list[dict[str, Any]]]) -> str:
+    """The table's ``pairs`` of rows, compared by every reported metric."""
+    pairs = [(row, other) for row, other in table.content.get("pairs", []) if row in rows and other in rows]
+    if not pairs:
+        return ""
+    found = {metric: _compared(rows, pairs, metric) for metric in table.content["report"]}
+    lines = [[row, other, *(found[metric].get((row, other), "") for metric in found)] for row, other in pairs]
+    head = ["row", "less row", *(f"Δ {metric} (p)" for metric in found)]
+    return f"\n\n{tabulate(lines, headers=head, tablefmt='github', disable_numparse=True)}"
+
+
+def _compared(
+    rows: dict[str, list[dict[str, Any]]], pairs: list[tuple[str, str]], metric: str
+) -> dict[tuple[str, str], str]:
+    """Row and other row → the difference, and p corrected for the number of pairs."""
     differences = {}
-    for row, cells in rows.items():
-        theirs = {cell["seed"]: cell["ranks"] for cell in rows[base] if "ranks" in cell}
-        pairs = [(c["ranks"], theirs[c["seed"]]) for c in cells if "ranks" in c and c["seed"] in theirs]
-        if row != base and pairs:
-            values = [[by_user(unpacked(text), metric) for text in side] for side in zip(*pairs, strict=True)]
-            differences[row] = difference(values[0], values[1])
+    for row, other in pairs:
+        theirs = {cell["seed"]: cell["ranks"] for cell in rows[other] if "ranks" in cell}
+        both = [(c["ranks"], theirs[c["seed"]]) for c in rows[row] if "ranks" in c and c["seed"] in theirs]
+        if both:
+            values = [[by_user(unpacked(text), metric) for text in side] for side in zip(*both, strict=True)]
+            differences[row, other] = difference(values[0], values[1])
     corrected = holm([p for _, p in differences.values()])
     return {
-        row: f"{delta:+.4f} ({f'{p:.3f}' if p >= 0.001 else '< 0.001'})"
-        for (row, (delta, _)), p in zip(differences.items(), corrected, strict=True)
+        pair: f"{delta:+.4f} ({f'{p:.3f}' if p >= 0.001 else '< 0.001'})"
+        for (pair, (delta, _)), p in zip(differences.items(), corrected, strict=True)
     }
 
 

@@ -30,7 +30,9 @@ class AttributeBinding(nn.Module):
     ==========  ========================================  ==========================================================
 
     α, β and the roles r are learned, one of each an attribute. ``item`` and ``triple`` say nothing of an item whose own
-    vector is zero; in the other forms such a cold item is what its attributes say.
+    vector is zero; in the other forms such a cold item is what its attributes say. Products with the item on the input
+    alone help with anybody's attributes, role-fillers on both sides by what attributes say, and ``both`` with products
+    on the input alone most (ours; results/metadata-industrial-scientific.md).
 
     **Algebra.** With ``unitary`` the roles and the attributes' vectors have magnitude 1 in every frequency, whatever
     their parameters are (Ganesan et al. 2021): binding then keeps lengths and unbinding is exact. An item's vector

@@ -29,6 +29,7 @@ def table(tmp_path: Path, tiny: dict[str, Any], cyclic_dataset: str, monkeypatch
         "tuning_seed": 7,
         "report": ["hit@5", "ndcg@5"],
         "baseline": "plain",
+        "pairs": [["bound", "shuffled"]],
         "plot": True,
         "curves": True,
         "rows": {
@@ -74,7 +75,13 @@ def test_a_table_runs_what_is_missing_tunes_on_validation_and_renders(table: Tab
         assert by_user(unpacked(cell["ranks"]), metric).mean() == pytest.approx(cell["test"][metric], abs=1e-4)
 
     text = render(table)
-    assert text.count("\n") == 4
+    assert text.count("\n") == 4 + 4
+    means = [
+        np.mean([json.loads(table.cell(dataset, row, seed).read_text())["test"]["hit@5"] for seed in (1, 2)])
+        for row in ("bound", "shuffled")
+    ]
+    delta = means[0] - means[1]
+    assert f"| bound | shuffled   | {delta:+.4f} (" in text
     document = (rendering.RESULTS / "tiny.md").read_text()
     assert "bound on" in document
     assert "learning_rate 0.02" in document
