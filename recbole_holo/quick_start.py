@@ -1,4 +1,5 @@
-"""RecBole's three doors, for this package's models and RecBole's alike: run, tune's objective, reload."""
+"""RecBole's three doors, for this package's models and RecBole's alike: run, tune's objective, reload; and those of
+serving: a model without its data, and a small file of it."""
 
 from __future__ import annotations
 
@@ -7,11 +8,13 @@ import resource
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from logging import getLogger
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from recbole.utils import init_logger, init_seed
+from torch import Tensor
 
 from recbole_holo.bridge import checkpoint, registry
 from recbole_holo.bridge.compat import quiet_recbole
@@ -22,6 +25,9 @@ from recbole_holo.errors import ConfigError
 from recbole_holo.ops import backend
 from recbole_holo.reporting import write_report
 from recbole_holo.training.trainer import HoloTrainer, get_trainer_class
+
+if TYPE_CHECKING:
+    from recbole_holo.inference.compression import Compression
 
 Files = Sequence[str | os.PathLike[str]] | None
 # Settings that make RecBole unpickle files; a stranger's checkpoint may not choose them.
@@ -191,6 +197,36 @@ def load_model(model_file: str | os.PathLike[str], device: str | torch.device | 
     return _with_weights(model, state).to(device or config["device"]).eval(), catalogue
 
 
+def compress_checkpoint(
+    model_file: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    wanted: Compression,
+    histories: Tensor | None = None,
+) -> None:
+    """Writes the model of a checkpoint, compressed, to a file of its own, which holds its bits and the items' ids,
+    titles and attributes.
+
+    It is loaded as a checkpoint is (``Recommender.load``, ``load_model``, ``load_data_and_model``); no training goes on
+    from it.
+
+    Args:
+        wanted: what it is compressed to.
+        histories: ``[B, L]``, pads on the right; what states are judged by, where some are to be left out.
+
+    Raises:
+        ConfigError: a compression that the model cannot have.
+        CheckpointError: not a checkpoint of this package, or a compressed one.
+    """
+    from recbole_holo.inference.compression import compress, stored
+
+    saved = checkpoint.load(model_file)
+    if "compression" in saved:
+        raise checkpoint.CheckpointError(f"checkpoint: {os.fspath(model_file)!r} is compressed already")
+    small = compress(load_model(model_file, "cpu")[0], wanted, histories)
+    kept = {name: saved[name] for name in ("config", "catalogue")}
+    checkpoint.save({**kept, "compression": asdict(wanted), "state_dict": stored(small)}, target)
+
+
 # ---------------------------------------------------------------------- shared steps
 def prepare(config: Config) -> tuple[Any, Any, Any, Any]:
     """What a run needs, from its configuration: the trainer with its new model, and the training, validation and test
@@ -229,9 +265,9 @@ def _build_model(config: Config, train_data: Any) -> Any:
 def _with_weights(model: Any, state: dict[str, Any]) -> Any:
     """A new model with what a checkpoint has of it; of a compressed one's, compressed."""
     if "compression" in state:
-        from recbole_holo.inference.compression import restored
+        from recbole_holo.inference.compression import Compression, restored
 
-        return restored(model, state)
+        return restored(model, Compression(**state["compression"]), state["state_dict"])
     model.load_state_dict(state["state_dict"])
     return model
 

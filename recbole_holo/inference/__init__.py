@@ -1,6 +1,6 @@
 """Models as they are served: smaller than they were trained, and with a state for each user."""
 
-from recbole_holo.inference.compression import Compression, compress, compress_checkpoint, stored_bytes, truncate_states
+from recbole_holo.inference.compression import Compression, compress, stored_bytes, truncate_states
 from recbole_holo.inference.recommender import Event, Recommendations, Recommender, Suggestion
 from recbole_holo.inference.records import StateError
 from recbole_holo.inference.retrieval import FaissIndex
@@ -20,7 +20,6 @@ __all__ = [
     "StoreError",
     "Suggestion",
     "compress",
-    "compress_checkpoint",
     "stored_bytes",
     "truncate_states",
 ]

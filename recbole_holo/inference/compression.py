@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recbole_holo.bridge import checkpoint
 from recbole_holo.errors import ConfigError
 from recbole_holo.inference.tables import BITS, CompressedTable
 from recbole_holo.layers import Mamba
@@ -127,41 +125,11 @@ def compress(model: Any, wanted: Compression, histories: Tensor | None = None) -
     return model
 
 
-def compress_checkpoint(
-    checkpoint_file: str | os.PathLike[str],
-    target: str | os.PathLike[str],
-    wanted: Compression,
-    histories: Tensor | None = None,
-) -> None:
-    """Writes the model of a checkpoint, compressed, to a file of its own, which holds its bits and the items' ids,
-    titles and attributes.
-
-    It is loaded as a checkpoint is (``Recommender.load``, ``load_model``, ``load_data_and_model``); no training goes on
-    from it.
-
-    Args:
-        histories: as of :func:`compress`.
-
-    Raises:
-        ConfigError: as of :func:`compress`.
-        CheckpointError: not a checkpoint of this package, or a compressed one.
-    """
-    from recbole_holo.quick_start import load_model
-
-    saved = checkpoint.load(checkpoint_file)
-    if "compression" in saved:
-        raise checkpoint.CheckpointError(f"checkpoint: {os.fspath(checkpoint_file)!r} is compressed already")
-    small = compress(load_model(checkpoint_file, "cpu")[0], wanted, histories)
-    kept = {name: saved[name] for name in ("config", "catalogue")}
-    checkpoint.save({**kept, "compression": asdict(wanted), "state_dict": stored(small)}, target)
-
-
-def restored(model: Any, saved: dict[str, Any]) -> Any:
-    """The compressed model of a file, from a new one of its class and settings and what :func:`stored` gave."""
-    wanted = Compression(**saved["compression"])
+def restored(model: Any, wanted: Compression, saved: dict[str, Any]) -> Any:
+    """The compressed model, from a new one of its class and settings and what :func:`stored` gave."""
     small = compress(model.cpu(), wanted, torch.ones(1, 1, dtype=torch.long))  # of states only the number counts
     like = small.state_dict()
-    values = {n: _read(value, wanted.weight_bits, like[n]) for n, value in saved["state_dict"].items()}
+    values = {n: _read(value, wanted.weight_bits, like[n]) for n, value in saved.items()}
     small.load_state_dict(values)
     return small
 

@@ -23,10 +23,9 @@ from recbole_holo.inference import (
     StateError,
     StoreError,
     compress,
-    compress_checkpoint,
     stored_bytes,
 )
-from recbole_holo.quick_start import load_data_and_model, load_model, run
+from recbole_holo.quick_start import compress_checkpoint, load_data_and_model, load_model, run
 
 from .conftest import N_ITEMS, served
 
