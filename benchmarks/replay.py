@@ -124,7 +124,8 @@ def main() -> None:
     body = tabulate(lines, headers=head, tablefmt="github", disable_numparse=True)
     name = f"replay-{config['model']}-{config['dataset']}-{longest}"
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
-    keys = ("model", "dataset", "seed", "MAX_ITEM_LIST_LENGTH", "binding_scale", "epochs")
+    keys = ("model", "dataset", "seed", "MAX_ITEM_LIST_LENGTH")
+    keys += ("binding", "binding_scale", "bind_output", "epochs")
     training = "python run_recbole_holo.py " + " ".join(f"--{key}={config[key]}" for key in keys)
     text = f"# {config['model']} on {config['dataset']}, replayed\n\n    {training}\n    "
     text += f"python -m benchmarks.replay CHECKPOINT --storages {' '.join(options.storages)}\n\n{about}\n\n"

@@ -17,7 +17,8 @@ the state of the scan of the encoder's first layer by the linear map to the boun
 users, then unbound; measured on the other half. (The layer also keeps the last three inputs of its convolution, from
 which these three are read without a mistake.) An attribute's *prior* is how often its commonest value would be right.
 The models of ml-100k are those of ``python run_recbole_holo.py --dataset=ml-100k --seed=1 --binding=FORM
---binding_scale=ortho --item_attributes="['class','release_year']" [--binding_algebra=unitary] [--bind_output=True]``.
+--binding_scale=ortho --bind_output=False (or True) --item_attributes="['class','release_year']"
+[--binding_algebra=unitary]``.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def model_cells(path: str, data_path: str) -> dict[str, Any]:
     histories, users = cut_histories(model, train.dataset)
     titles = {"model": config["model"], "dataset": config["dataset"], "form": model.binding.form}
     titles |= {"algebra": model.binding.algebra, "d": config["hidden_size"], "histories": len(histories)}
-    titles |= {"bind_output": bool(config["bind_output"]), "seed": config["seed"]}
+    titles |= {"bind_output": config["bind_output"] or False, "seed": config["seed"]}
     named = {"before training": fresh, "after training": model}
     return titles | {
         "items": {when: of_items(one) for when, one in named.items()},
