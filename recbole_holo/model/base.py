@@ -222,25 +222,38 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean loss over supervised positions: ``hidden [M, d]``, ``targets [M]`` → scalar."""
-        temperature, table, bias = self.log_temperature.exp(), self.item_vectors(), self.item_bias
-        if self.trained_items is not None:  # nobody knows the others yet
-            table, targets = table.index_select(0, self.trained_items), self.trained_number[targets]
-            bias = None if bias is None else bias[self.trained_items]
-        sparse = self.sparse_embedding and table.is_leaf  # where a table is computed, its gradient is passed on
+        temperature, bias, known = self.log_temperature.exp(), self.item_bias, self.trained_items
+        n_items = self.n_items
+        if known is not None:  # nobody knows the others yet
+            n_items, targets = len(known), self.trained_number[targets]
+            bias = None if bias is None else bias[known]
         if targets.numel() == 0:  # with a gradient of the table, so that processes agree on what they average
-            return (hidden.sum() + F.embedding(targets, table, sparse=sparse).sum()) * 0.0
+            return (hidden.sum() + self.item_rows(targets).sum()) * 0.0
+        query = self._query(hidden) / temperature
+        if self.loss_type == "CE":
+            table = self.item_vectors() if known is None else self.item_vectors().index_select(0, known)
+            # The pad is never a target; as a rival it would train its row away from zero.
+            return cross_entropy(query, targets, self._table(table), bias, exclude_pad=True)
+        vectors, sparse = self._sampled_from(len(targets))
         if self.negative_sampler is not None:
             negatives, log_counts = self.negative_sampler(targets)
             return losses.info_nce(
-                hidden, targets, table, negatives, bias, temperature, self.cosine, log_counts, sparse
+                hidden, targets, vectors, negatives, bias, temperature, self.cosine, log_counts, sparse
             )
-        query = self._query(hidden) / temperature
-        if self.loss_type == "CE":
-            # The pad is never a target; as a rival it would train its row away from zero.
-            return cross_entropy(query, targets, self._table(table), bias, exclude_pad=True)
-        negatives = losses.sample_negatives(targets.shape, len(table), targets.device, exclude=targets)
+        negatives = losses.sample_negatives(targets.shape, n_items, targets.device, exclude=targets)
         pairwise = losses.bpr if self.loss_type == "BPR" else losses.bce
-        return pairwise(query, targets, negatives, table, bias, self.cosine, sparse)
+        return pairwise(query, targets, negatives, vectors, bias, self.cosine, sparse)
+
+    def _sampled_from(self, n_targets: int) -> tuple[losses.ItemVectors, bool]:
+        """What a sampled loss takes vectors from, the trained items numbered as in the loss, and whether the gradient
+        is sparse: the table, or where it is bound and large, what binds the items that the loss is about."""
+        known = self.trained_items
+        n_items = self.n_items if known is None else len(known)
+        n_negatives = n_targets if self.negative_sampler is None else self.negative_sampler.num_negatives
+        if self.bind_output and n_targets + n_negatives < n_items:
+            return lambda items: self.item_rows(items if known is None else known[items]), False
+        table = self.item_vectors() if known is None else self.item_vectors().index_select(0, known)
+        return table, self.sparse_embedding and table.is_leaf  # where a table is computed, its gradient is passed on
 
 
 def positions_of(mask: Tensor, count: int | None) -> Tensor:

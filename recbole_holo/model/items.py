@@ -36,6 +36,7 @@ class BoundItems:
     hidden_size: int
     training: bool
     register_buffer: Any
+    sparse_embedding: bool
     item_embedding: nn.Embedding
     binding: AttributeBinding | None
     head: nn.Linear | None
@@ -108,6 +109,12 @@ class BoundItems:
         if torch.is_grad_enabled() or self.training:
             return self.binding(table, torch.arange(self.n_items, device=table.device), self.scored_products)
         return self._bound(table, self.scored_products)
+
+    def item_rows(self, items: Tensor) -> Tensor:
+        """:meth:`item_vectors` of ``items [...]`` alone, ``[..., d]``, for training."""
+        table = self.item_embedding.weight if self.head is None else self.head.weight
+        rows = F.embedding(items, table, sparse=self.sparse_embedding)
+        return self.binding(rows, items, self.scored_products) if self.bind_output and self.binding else rows
 
     def _bound(self, table: Tensor, products: bool) -> Tensor:
         """``table`` bound with its items' attributes."""

@@ -2,12 +2,13 @@ r"""Losses on the hidden states of supervised positions, and the negatives they 
 
 All take ``hidden [M, d]`` (positions without a target are removed before), ``targets [M]`` (item ids from 1) and the
 item table ``item_vectors [V, d]``, optionally with a ``bias [V]``, and return the mean over the M positions. Item 0 is
-the pad.
+the pad. Instead of a table there may be a function that makes the vectors ``[..., d]`` of items ``[...]``, so that a
+computed table need not be computed whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+ItemVectors = Tensor | Callable[[Tensor], Tensor]
 _ROWS = 4096  # whose items' vectors exist at a time
 
 
 def info_nce(
     hidden: Tensor,
     targets: Tensor,
-    item_vectors: Tensor,
+    item_vectors: ItemVectors,
     negatives: Tensor,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
@@ -44,7 +46,7 @@ def info_nce(
     Args:
         hidden: ``[M, d]``.
         targets: ``[M]``.
-        item_vectors: ``[V, d]``.
+        item_vectors: ``[V, d]``, or what makes vectors of items.
         negatives: ``[K]``, shared by all rows, or ``[M, K]``.
         bias: ``[V]``, added to the scores.
         temperature: τ, a number or a scalar tensor.
@@ -79,7 +81,7 @@ def bpr(
     hidden: Tensor,
     targets: Tensor,
     negatives: Tensor,
-    item_vectors: Tensor,
+    item_vectors: ItemVectors,
     bias: Tensor | None = None,
     cosine: bool = False,
     sparse: bool = False,
@@ -96,7 +98,7 @@ def bce(
     hidden: Tensor,
     targets: Tensor,
     negatives: Tensor,
-    item_vectors: Tensor,
+    item_vectors: ItemVectors,
     bias: Tensor | None = None,
     cosine: bool = False,
     sparse: bool = False,
@@ -127,9 +129,12 @@ def sample_negatives(
     return drawn if exclude is None else drawn + (drawn >= exclude)
 
 
-def _gather(items: Tensor, item_vectors: Tensor, cosine: bool, sparse: bool) -> Tensor:
+def _gather(items: Tensor, item_vectors: ItemVectors, cosine: bool, sparse: bool) -> Tensor:
     """Vectors of ``items [N]``, ``[N, d]``: all in one call, since each one's gradient is a table of its own."""
-    vectors = F.embedding(items, item_vectors, sparse=sparse)
+    if isinstance(item_vectors, Tensor):
+        vectors = F.embedding(items, item_vectors, sparse=sparse)
+    else:
+        vectors = item_vectors(items)
     return F.normalize(vectors, dim=-1) if cosine else vectors
 
 
@@ -137,14 +142,14 @@ def _pair_scores(
     hidden: Tensor,
     targets: Tensor,
     negatives: Tensor,
-    item_vectors: Tensor,
+    item_vectors: ItemVectors,
     bias: Tensor | None,
     cosine: bool,
     sparse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Scores ``[M]`` of the target and of the negative of each row."""
     items = torch.stack([targets, negatives])  # [2, M]
-    if cosine:
+    if cosine or not isinstance(item_vectors, Tensor):
         scores = (hidden * _gather(items, item_vectors, cosine, sparse)).sum(-1)
     else:
         scores = RowScores.apply(hidden, items, item_vectors, sparse)

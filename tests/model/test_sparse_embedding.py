@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from recbole_holo.errors import ConfigError
@@ -39,6 +40,38 @@ def test_sparse_gradients_of_a_model_are_the_dense_ones(name, similarity, loss_t
     assert not table.to_dense()[0].any()
     for key, gradient in dense.items():
         torch.testing.assert_close(sparse[key].to_dense(), gradient, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss_type", ["InfoNCE", "SampledCE", "BPR", "BCE"])
+@pytest.mark.parametrize("cold", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{"bind_output": True}, {"bind_output": "added", "tie_weights": False, "similarity": "cosine"}]
+)
+def test_of_a_bound_output_only_what_the_loss_is_about_is_bound(settings, cold, loss_type, monkeypatch):
+    """The same loss and gradients as from the whole table; the item tables' gradients are sparse."""
+    settings = {**settings, "binding": "both", "loss_type": loss_type, "num_negatives": 6, "n_items": 400}
+    settings |= {"cold_items": "attributes"} if cold else {}
+    occurs = csr_matrix(([1.0] * 299, ([0] * 299, range(1, 300))), shape=(1, 400))
+    monkeypatch.setattr(Dataset, "inter_matrix", lambda self, form: occurs, raising=False)
+    models = [build_tiny("HoloMambaRec", sparse_embedding=sparse, **settings).train() for sparse in (True, False)]
+    bound: list[int] = []
+    for model in models:
+        model.binding.register_forward_pre_hook(lambda _, given: bound.append(given[1].numel()))
+    lazy = [gradients(model, lambda model=model: whole(model, histories())) for model in models]
+    assert max(bound) < 200
+    monkeypatch.setattr(SequenceRecommender, "_sampled_from", lambda self, _: (_table_of(self), False))
+    dense = gradients(models[1], lambda: whole(models[1], histories()))
+    tables = {"item_embedding.weight", *(["head.weight"] if "tie_weights" in settings else [])}
+    assert {key for key, gradient in lazy[0].items() if gradient.is_sparse} == tables
+    for found in lazy:
+        assert found.keys() == dense.keys()
+        for key, gradient in dense.items():
+            torch.testing.assert_close(found[key].to_dense(), gradient, rtol=1e-5, atol=1e-7)
+
+
+def _table_of(model: SequenceRecommender) -> Tensor:
+    table = model.item_vectors()
+    return table if model.trained_items is None else table.index_select(0, model.trained_items)
 
 
 def test_an_untied_head_has_a_sparse_gradient_of_its_own():
