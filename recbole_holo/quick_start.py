@@ -214,11 +214,14 @@ def compress_checkpoint(
         histories: ``[B, L]``, pads on the right; what states are judged by, where some are to be left out.
 
     Raises:
-        ConfigError: a compression that the model cannot have.
+        ConfigError: a compression that the model cannot have, or no folder to write to.
         CheckpointError: not a checkpoint of this package, or a compressed one.
     """
     from recbole_holo.inference.compression import compress, stored
 
+    folder = os.path.dirname(os.path.abspath(target))
+    if not os.path.isdir(folder):
+        raise ConfigError("target", os.fspath(target), f"there is no folder {folder!r}: make it, or choose another")
     saved = checkpoint.load(model_file)
     if "compression" in saved:
         raise checkpoint.CheckpointError(f"checkpoint: {os.fspath(model_file)!r} is compressed already")

@@ -40,13 +40,14 @@ class StateSpaceRecommender(Stepping, SequenceRecommender):
         super().__init__(config, dataset)
         self.bundling: TemporalBundling | None = None
         self.bundle_schedule = one_of("bundle_schedule", config["bundle_schedule"] or "constant", SCHEDULES)
-        largest, recent, size = config["bundle_size"] or 1, recent_events(config), config["bundle_inference"]
+        largest = 1 if config["bundle_size"] is None else positive_int("bundle_size", config["bundle_size"])
+        recent, size = recent_events(config), config["bundle_inference"]
         if recent is None:
             return
         if config["train_steps_at_once"] is not None:
             remedy = "a history is read in parts without bundles: leave it at ~, or bundle_size at 1"
             raise ConfigError("train_steps_at_once", config["train_steps_at_once"], remedy)
-        self.bundling = TemporalBundling(config["hidden_size"], positive_int("bundle_size", largest), recent)
+        self.bundling = TemporalBundling(config["hidden_size"], largest, recent)
         if size is not None:
             if positive_int("bundle_inference", size) > largest:
                 raise ConfigError(

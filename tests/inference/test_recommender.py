@@ -373,6 +373,8 @@ def test_a_compressed_checkpoint(model_name, settings, wanted, cyclic_dataset, t
     history = ["i1", "i2", "i3"]
     loaded = Recommender.load(small_file, device="cpu")
     assert loaded.recommend(history=history) == Recommender(expected, catalogue).recommend(history=history)
+    with pytest.raises(ConfigError, match=r"target: .*there is no folder"):
+        compress_checkpoint(saved, tmp_path / "nowhere" / "s.pth", wanted, histories)
     with pytest.raises(CheckpointError, match="is compressed already"):
         compress_checkpoint(small_file, tmp_path / "t.pth", wanted, histories)
     with pytest.raises(CheckpointError, match="is of a compressed model"):

@@ -126,6 +126,7 @@ def test_the_schedule(schedule, expected):
         ("SequenceSASRec", {}, "bundle_size: 3.*SequenceSASRec bundles no events"),
         ("Hydra", {"bundle_recent": 0}, "bundle_recent: 0.*from 1 to MAX_ITEM_LIST_LENGTH"),
         ("Hydra", {"bundle_size": 2.5}, "bundle_size: 2.5"),
+        ("RecMamba", {"bundle_size": 0}, "bundle_size: 0"),
         ("Hydra", {"bundle_inference": 4}, "bundle_inference: 4.*windows of up to 3"),
         ("Hydra", {"bundle_schedule": "growing"}, "bundle_schedule: 'growing'.*grow"),
         ("Hydra", {"train_steps_at_once": 4}, "train_steps_at_once: 4"),
