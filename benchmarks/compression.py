@@ -35,7 +35,7 @@ def rows(model: Any) -> dict[str, Compression | None]:
     both = {"8 bits": (8, 8), "7 and 6 bits": (7, 6), "6 bits": (6, 6)}
     for name, bits in both.items():
         found[f"tables and weights in {name}"] = Compression(*bits)
-    if model.binding is not None and model.head is None and not (model.bind_output and model.scored_products):
+    if model.binding is not None and model.head is None and not model.scored_products:
         for name, bits in both.items():
             found[f"tables and weights in {name}, bound when read"] = Compression(*bits, fold=False)
     for rank in (d // 2, 3 * d // 4):

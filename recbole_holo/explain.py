@@ -137,7 +137,7 @@ def _expected(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
     chances = (model.score_all(hidden.unsqueeze(0))[0] / model.log_temperature.exp())[1:].softmax(-1)
     every = torch.arange(1, model.n_items, device=hidden.device)
     own = chances @ model.item_embedding.weight[1:]
-    as_read = model.bind_output and model.scored_products and model.head is None
+    as_read = model.scored_products and model.head is None
     return hidden if as_read else chances @ model.embed_items(every), own
 
 

@@ -64,7 +64,7 @@ class ServedItems(nn.Module):
 
         self.read: nn.Module
         scored = model.item_vectors()
-        bound = model.head is None and model.binding is not None and not (model.bind_output and model.scored_products)
+        bound = model.head is None and model.binding is not None and not model.scored_products
         if bound and not wanted.fold:
             table = compressed(scored)
             self.read = BoundWhenRead(table, model.binding, model.bind_output)
