@@ -15,9 +15,11 @@ from recbole_holo.model.state_space import StateSpaceRecommender
 class HoloMambaRec(StateSpaceRecommender):
     r"""``x_t = LayerNorm(e_item + Σ_m α_m·(e_item ⊛ e_attr,m))``, then pre-norm residual Mamba blocks, a linear head.
 
-    The paper binds one attribute (eq. 1); here any number of them, in this form or in another
-    (:class:`~recbole_holo.layers.holographic.AttributeBinding`). A data set without ``item_attributes`` trains the same
-    model without binding.
+    The paper binds one attribute (eq. 1); here any number of them, in this form (``binding: item``) or in another
+    (:class:`~recbole_holo.layers.holographic.AttributeBinding`). By default (ours) the encoder also reads the
+    attributes bound with roles, ``x_t = LayerNorm(e_item + Σ_m α_m·(e_item ⊛ e_attr,m) + β_m·(r_m ⊛ e_attr,m))``, and
+    items are scored with these terms and without the products with ``e_item``. A data set without ``item_attributes``
+    trains the same model without binding.
 
     Where the paper and its code leave a choice: the head is untied without bias in the code and may be tied here; the
     code draws embeddings from N(0, 1), which with the orthonormal convolution keeps the bound term at unit variance and

@@ -180,7 +180,7 @@ def test_cold_items_are_no_rivals_in_training():
         ({"attribute_floats": "soft"}, "attribute_floats: 'soft'"),
         ({"binding_alpha": "half"}, "binding_alpha: 'half'"),
         ({"bind_output": "role"}, "bind_output: 'role'.*False, True or added"),
-        ({"cold_items": "attributes"}, "cold_items: 'attributes'.*bind_output"),
+        ({"cold_items": "attributes", "bind_output": False}, "cold_items: 'attributes'.*bind_output"),
         ({"cold_items": "attributes", "bind_output": True, "binding": "item"}, "cold_items.*role or both"),
     ],
 )
