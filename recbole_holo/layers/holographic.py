@@ -113,10 +113,14 @@ class AttributeBinding(nn.Module):
         if self.form == "concat":
             return self.mix(torch.cat([item, *(vectors(items) for vectors in self._vectors())], -1))
         times, plus = self._terms()
-        x = item
-        if times and products:
-            x = x + bind(item, self._sum(times, items), self.scale)
-        return x + self._sum(plus, items) if plus else x
+        if not (times and products):
+            return item + self._sum(plus, items) if plus else item
+        if not plus:
+            return item + bind(item, self._sum(times, items), self.scale)
+        # One look-up: an item's values are the same in both terms.
+        together = [torch.cat(tables, 1) for tables in zip(times, plus, strict=True)]
+        factor, added = self._sum(together, items).chunk(2, -1)
+        return item + bind(item, factor, self.scale) + added
 
     # ------------------------------------------------------------------ reading it back
     def roles_and_values(self) -> tuple[Tensor | None, list[Tensor]]:
