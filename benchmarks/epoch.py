@@ -30,7 +30,7 @@ from recbole_holo.quick_start import prepare
 OURS = ("RecMamba", "HoloMambaRec", "Hydra", "Mamba4Rec", "SequenceSASRec")
 RECBOLE = ("SASRec", "GRU4Rec")
 POSITIONS = 3200  # of a batch of our models
-PAPER = {"HoloMambaRec": {"binding": "item", "bind_output": False}}
+PAPER = {"HoloMambaRec": {"binding": "item", "bind_output": False}}  # the form measured
 LEAN = ("RecMamba", "HoloMambaRec")  # measured with disjoint windows and bfloat16 too
 STEPS = 3  # of RecBole's models, after one to warm up
 SETTINGS = {
