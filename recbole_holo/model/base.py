@@ -231,9 +231,8 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
             return (hidden.sum() + self.item_rows(targets).sum()) * 0.0
         query = self._query(hidden) / temperature
         if self.loss_type == "CE":
-            table = self.item_vectors() if known is None else self.item_vectors().index_select(0, known)
             # The pad is never a target; as a rival it would train its row away from zero.
-            return cross_entropy(query, targets, self._table(table), bias, exclude_pad=True)
+            return cross_entropy(query, targets, self._table(self._trained_vectors()), bias, exclude_pad=True)
         vectors, sparse = self._sampled_from(len(targets))
         if self.negative_sampler is not None:
             negatives, log_counts = self.negative_sampler(targets)
@@ -244,6 +243,11 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         pairwise = losses.bpr if self.loss_type == "BPR" else losses.bce
         return pairwise(query, targets, negatives, vectors, bias, self.cosine, sparse)
 
+    def _trained_vectors(self) -> Tensor:
+        """:meth:`item_vectors` of the trained items alone, numbered as in the loss."""
+        table = self.item_vectors()
+        return table if self.trained_items is None else table.index_select(0, self.trained_items)
+
     def _sampled_from(self, n_targets: int) -> tuple[losses.ItemVectors, bool]:
         """What a sampled loss takes vectors from, the trained items numbered as in the loss, and whether the gradient
         is sparse: the table, or where it is bound and large, what binds the items that the loss is about."""
@@ -252,7 +256,7 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         n_negatives = n_targets if self.negative_sampler is None else self.negative_sampler.num_negatives
         if self.bind_output and n_targets + n_negatives < n_items:
             return lambda items: self.item_rows(items if known is None else known[items]), False
-        table = self.item_vectors() if known is None else self.item_vectors().index_select(0, known)
+        table = self._trained_vectors()
         return table, self.sparse_embedding and table.is_leaf  # where a table is computed, its gradient is passed on
 
 

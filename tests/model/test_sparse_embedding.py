@@ -59,7 +59,7 @@ def test_of_a_bound_output_only_what_the_loss_is_about_is_bound(settings, cold, 
         model.binding.register_forward_pre_hook(lambda _, given: bound.append(given[1].numel()))
     lazy = [gradients(model, lambda model=model: whole(model, histories())) for model in models]
     assert max(bound) < 200
-    monkeypatch.setattr(SequenceRecommender, "_sampled_from", lambda self, _: (_table_of(self), False))
+    monkeypatch.setattr(SequenceRecommender, "_sampled_from", lambda self, _: (self._trained_vectors(), False))
     dense = gradients(models[1], lambda: whole(models[1], histories()))
     tables = {"item_embedding.weight", *(["head.weight"] if "tie_weights" in settings else [])}
     assert {key for key, gradient in lazy[0].items() if gradient.is_sparse} == tables
@@ -67,11 +67,6 @@ def test_of_a_bound_output_only_what_the_loss_is_about_is_bound(settings, cold, 
         assert found.keys() == dense.keys()
         for key, gradient in dense.items():
             torch.testing.assert_close(found[key].to_dense(), gradient, rtol=1e-5, atol=1e-7)
-
-
-def _table_of(model: SequenceRecommender) -> Tensor:
-    table = model.item_vectors()
-    return table if model.trained_items is None else table.index_select(0, model.trained_items)
 
 
 def test_an_untied_head_has_a_sparse_gradient_of_its_own():
