@@ -20,7 +20,8 @@ from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from recbole_holo.data import TARGETS_SUFFIX
-from recbole_holo.data.sequences import SequenceDataset
+from recbole_holo.data.histories import EventBatch, Histories
+from recbole_holo.data.sequences import HISTORY_START, SequenceDataset
 from recbole_holo.errors import ConfigError
 from recbole_holo.training import distributed
 
@@ -28,21 +29,24 @@ BATCHES_PER_GROUP = 16  # batches whose rows are sorted by length together; more
 CACHED_POSITIONS = 2**14  # of an evaluation batch on a CPU
 
 
-class SequenceBatch(Interaction):
+class SequenceBatch(EventBatch):
     """A training batch with what its loader knows of it without asking the device.
 
     Attributes:
+        histories: where its rows lie among all events.
         n_targets: training targets in this process's rows.
         loss_weight: what the mean loss over them must be multiplied by; see :class:`SequenceTrainLoader`.
     """
 
-    def __init__(self, interaction: dict[str, Tensor], n_targets: int, loss_weight: float) -> None:
-        super().__init__(interaction)
+    def __init__(
+        self, interaction: dict[str, Tensor], histories: Histories, n_targets: int, loss_weight: float
+    ) -> None:
+        super().__init__(interaction, histories)
         self.n_targets, self.loss_weight = n_targets, loss_weight
 
     def to(self, device: torch.device, selected_field: Any = None) -> SequenceBatch:
         moved = super().to(device, selected_field)
-        return SequenceBatch(moved.interaction, self.n_targets, self.loss_weight)
+        return SequenceBatch(moved.interaction, moved.histories, self.n_targets, self.loss_weight)
 
 
 class Plan(NamedTuple):
@@ -83,13 +87,16 @@ class DeviceRows:
     def __init__(self, dataset: SequenceDataset, device: torch.device) -> None:
         self.dataset = dataset
         self.columns = {name: values.to(device) for name, values in dataset.inter_feat.interaction.items()}
-        self.items = dataset.items.to(device)
+        self.items, self.first = dataset.items.to(device), dataset.first_events.to(device)
         self.following = None if dataset.following is None else dataset.following.to(device)
 
-    def gather(self, numbers: Tensor, width: int) -> Interaction:
+    def gather(self, numbers: Tensor, width: int) -> EventBatch:
         """The batch of the rows ``numbers [B]``, padded to ``width``."""
         rows = Interaction({name: values[numbers] for name, values in self.columns.items()})
-        return self.dataset.with_histories(rows, width, self.items, self.following)
+        begin = rows[HISTORY_START]
+        histories = Histories(self.items, self.first[begin], begin)
+        rows = self.dataset.with_histories(rows, width, self.items, self.following)
+        return EventBatch(rows.interaction, histories)
 
 
 class SequenceTrainLoader(TrainDataLoader):
@@ -166,8 +173,8 @@ class SequenceTrainLoader(TrainDataLoader):
             if first + rank >= end:
                 targets = self._dataset.iid_field + TARGETS_SUFFIX
                 batch[targets], n_targets = torch.zeros_like(batch[targets]), 0
-            batch = self.transform(self._dataset, batch)
-            yield SequenceBatch(batch.interaction, n_targets, n_targets * size / targets_per_batch)
+            fields = self.transform(self._dataset, batch).interaction
+            yield SequenceBatch(fields, batch.histories, n_targets, n_targets * size / targets_per_batch)
 
 
 class SequenceEvalLoader(FullSortEvalDataLoader):
@@ -210,7 +217,7 @@ class SequenceEvalLoader(FullSortEvalDataLoader):
         numbers = torch.from_numpy(self.order).to(self.config["device"])
         for first, end in self._bounds.tolist():
             histories = self._on_device.gather(numbers[first:end], self._width(int(self._lengths[self.order[first]])))
-            histories = self.transform(self._dataset, histories)
+            histories = EventBatch(self.transform(self._dataset, histories).interaction, histories.histories)
             yield histories, None, torch.arange(end - first), histories[self.iid_field]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,18 @@ class PrefixDataset(RepairedDataset, SequentialDataset):
         rows[HISTORY_START] = torch.from_numpy(start)
         self.inter_feat = Interaction(rows)
         self.set_field_property(HISTORY_START, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
+
+    @property
+    def items(self) -> Tensor:
+        """Items of all events, in the order that rows refer to ``[n_events]``."""
+        return self._events[self.iid_field]
+
+    @cached_property
+    def first_events(self) -> Tensor:
+        """Of every event, the number of its user's first ``[n_events]``."""
+        users = self._events[self.uid_field]
+        is_first = torch.cat([torch.ones(1, dtype=torch.bool), users[1:] != users[:-1]])
+        return torch.where(is_first, torch.arange(len(users)), 0).cummax(0).values
 
     @property
     def is_augmented(self) -> bool:
@@ -181,11 +194,6 @@ class SequenceDataset(PrefixDataset):
         width = self.max_item_list_len if self.config["pad_to"] == "max" else max(int(lengths.max()), 1)
         rows = self.with_histories(rows, width, self.items, self.following)
         return self.join(rows) if join else rows
-
-    @property
-    def items(self) -> Tensor:
-        """Items of all events, in the order that rows refer to ``[n_events]``."""
-        return self._events[self.iid_field]
 
     def with_histories(self, rows: Interaction, width: int, items: Tensor, following: Tensor | None) -> Interaction:
         """``rows`` with padded lists in the place of where they are found.
