@@ -87,16 +87,15 @@ class DeviceRows:
     def __init__(self, dataset: SequenceDataset, device: torch.device) -> None:
         self.dataset = dataset
         self.columns = {name: values.to(device) for name, values in dataset.inter_feat.interaction.items()}
-        self.items, self.first = dataset.items.to(device), dataset.first_events.to(device)
+        self.events = dataset.events.to(device)
         self.following = None if dataset.following is None else dataset.following.to(device)
 
     def gather(self, numbers: Tensor, width: int) -> EventBatch:
         """The batch of the rows ``numbers [B]``, padded to ``width``."""
         rows = Interaction({name: values[numbers] for name, values in self.columns.items()})
         begin = rows[HISTORY_START]
-        histories = Histories(self.items, self.first[begin], begin)
-        rows = self.dataset.with_histories(rows, width, self.items, self.following)
-        return EventBatch(rows.interaction, histories)
+        rows = self.dataset.with_histories(rows, width, self.events.items, self.following)
+        return EventBatch(rows.interaction, Histories(self.events, begin))
 
 
 class SequenceTrainLoader(TrainDataLoader):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,38 @@ from torch import Tensor
 from recbole_holo.ops.seen_items import SeenItems
 
 
+class Events:
+    """Every event of a data set once, each user's together and in the order of time.
+
+    Args:
+        items: ``[n_events]``.
+        first: of every event, the number of its user's first ``[n_events]``.
+    """
+
+    def __init__(self, items: Tensor, first: Tensor) -> None:
+        self.items, self.first = items, first
+
+    @cached_property
+    def _first_time(self) -> tuple[int, Tensor, Tensor]:
+        """Every user's items by their keys, user · ids + item, ascending ``[n_events]``, and the event of each; the
+        earliest comes first among equals."""
+        ids = int(self.items.max()) + 1
+        keys, events = (self.first * ids + self.items).sort(stable=True)
+        return ids, keys, events
+
+    def first_time(self, first: Tensor, items: Tensor) -> Tensor:
+        """The event in which the user whose first event is ``first [...]`` met ``items [...]``; the number of all
+        events, which is later than any, where that never happened. Bisection: log₂ of all events a pair."""
+        ids, keys, events = self._first_time
+        wanted = first * ids + items
+        place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
+        return torch.where((keys[place] == wanted) & (items < ids), events[place], len(keys))
+
+    def to(self, device: torch.device) -> Events:
+        same = self.items.device == torch.device(device)
+        return self if same else Events(self.items.to(device), self.first.to(device))
+
+
 class Histories(NamedTuple):
     """The events behind a batch of rows: row ``b`` has event ``begin[b] + t`` at position ``t``.
 
@@ -18,17 +51,51 @@ class Histories(NamedTuple):
     is ``items[first[b] : begin[b] + t + 1]``, also what lies before the row.
     """
 
-    items: Tensor  # [n_events], item of every event, each user's together and in the order of time
-    first: Tensor  # [B], event number
+    events: Events
     begin: Tensor  # [B], event number
 
-    def seen(self, row: Tensor, position: Tensor) -> SeenItems:
+    @property
+    def items(self) -> Tensor:
+        """Of every event ``[n_events]``."""
+        return self.events.items
+
+    @property
+    def first(self) -> Tensor:
+        """Event number of each row's user's first event ``[B]``."""
+        return self.events.first[self.begin]
+
+    def at(self, row: Tensor, position: Tensor) -> Seen:
         """What had been seen after the event at ``position [M]`` of ``row [M]``, that event included."""
-        first = self.first[row]
-        return SeenItems(self.items, first, self.begin[row] + position + 1)
+        return Seen(self, row, position)
 
     def to(self, device: torch.device) -> Histories:
-        return Histories(*(values.to(device) for values in self))
+        return Histories(self.events.to(device), self.begin.to(device))
+
+
+class Seen(NamedTuple):
+    """What users had seen at positions of their rows: those of ``row [M]`` after the events at ``position [M]``."""
+
+    histories: Histories
+    row: Tensor
+    position: Tensor
+
+    @property
+    def end(self) -> Tensor:
+        """Event number behind the last that counts ``[M]``."""
+        return self.histories.begin[self.row] + self.position + 1
+
+    def ranges(self) -> SeenItems:
+        """As ranges of events."""
+        return SeenItems(self.histories.items, self.histories.first[self.row], self.end)
+
+    def among(self, items: Tensor) -> Tensor:
+        """Which of ``items [K]`` each position had seen: ``[M, K]``. Looked up once a row, not once a position."""
+        first_time = self.histories.events.first_time(self.histories.first.unsqueeze(-1), items)  # [B, K]
+        return first_time[self.row] < self.end.unsqueeze(-1)
+
+    def contains(self, items: Tensor) -> Tensor:
+        """Whether each position had seen its one of ``items [M]``: ``[M]``."""
+        return self.histories.events.first_time(self.histories.first[self.row], items) < self.end
 
 
 def histories_of(interaction: Interaction, item_seq: Tensor) -> Histories:
@@ -36,8 +103,9 @@ def histories_of(interaction: Interaction, item_seq: Tensor) -> Histories:
     known: Histories | None = getattr(interaction, "histories", None)
     if known is not None:
         return known
-    begin = torch.arange(len(item_seq), device=item_seq.device) * item_seq.shape[1]
-    return Histories(item_seq.flatten(), begin, begin)
+    rows, width = item_seq.shape
+    begin = torch.arange(rows, device=item_seq.device) * width
+    return Histories(Events(item_seq.flatten(), begin.repeat_interleave(width)), begin)
 
 
 class EventBatch(Interaction):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from recbole_holo.data import TARGETS_SUFFIX
 from recbole_holo.data.attributes import ItemAttribute, item_attribute, shuffled
+from recbole_holo.data.histories import EventBatch, Events, Histories
 from recbole_holo.data.repairs import RepairedDataset
 from recbole_holo.errors import ConfigError, DataError, nearest
 
@@ -57,17 +58,13 @@ class PrefixDataset(RepairedDataset, SequentialDataset):
         self.inter_feat = Interaction(rows)
         self.set_field_property(HISTORY_START, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
 
-    @property
-    def items(self) -> Tensor:
-        """Items of all events, in the order that rows refer to ``[n_events]``."""
-        return self._events[self.iid_field]
-
     @cached_property
-    def first_events(self) -> Tensor:
-        """Of every event, the number of its user's first ``[n_events]``."""
+    def events(self) -> Events:
+        """All events, in the order that rows refer to."""
         users = self._events[self.uid_field]
         is_first = torch.cat([torch.ones(1, dtype=torch.bool), users[1:] != users[:-1]])
-        return torch.where(is_first, torch.arange(len(users)), 0).cummax(0).values
+        first = torch.where(is_first, torch.arange(len(users)), 0).cummax(0).values
+        return Events(self._events[self.iid_field], first)
 
     @property
     def is_augmented(self) -> bool:
@@ -192,8 +189,9 @@ class SequenceDataset(PrefixDataset):
         rows = self._rows(index)
         lengths = rows[self.item_list_length_field]
         width = self.max_item_list_len if self.config["pad_to"] == "max" else max(int(lengths.max()), 1)
-        rows = self.with_histories(rows, width, self.items, self.following)
-        return self.join(rows) if join else rows
+        histories = Histories(self.events, rows[HISTORY_START])
+        rows = self.with_histories(rows, width, self.events.items, self.following)
+        return EventBatch((self.join(rows) if join else rows).interaction, histories)
 
     def with_histories(self, rows: Interaction, width: int, items: Tensor, following: Tensor | None) -> Interaction:
         """``rows`` with padded lists in the place of where they are found.
