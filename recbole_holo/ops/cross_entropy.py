@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recbole_holo.ops import backend, native
+from recbole_holo.ops.seen_items import SeenItems, left_out
 
 # Scores that exist at a time. On a CPU those of a thread and their gradient stay in its cache; a GPU wants long rows.
 _NATIVE_SCORES, _NATIVE_ROWS, _NATIVE_ITEMS = 2**18, (6, 96), 2**15
@@ -25,6 +26,7 @@ def cross_entropy(
     bias: Tensor | None = None,
     chunk_size: int | None = None,
     exclude_pad: bool = False,
+    seen: SeenItems | None = None,
 ) -> Tensor:
     r"""Mean of ``-log softmax(hidden · item_vectorsᵀ + bias)[target]``.
 
@@ -39,10 +41,16 @@ def cross_entropy(
         bias: ``[V]``, added to the scores.
         chunk_size: rows of a chunk (of a thread's chunk on a CPU); None decides by V and the device.
         exclude_pad: leave item 0 out of the softmax. RecBole's losses keep it in, hence the default.
+        seen: items that each of the M rows leaves out of its softmax, never its target: they get no gradient.
 
     Returns:
         Scalar.
+
+    Raises:
+        ValueError: there are no rows, or ``seen`` is of other rows.
     """
+    if seen is not None and not seen.start.shape == seen.end.shape == targets.shape:
+        raise ValueError(f"seen: it is of {len(seen.start)} rows, and there are {len(targets)} targets")
     if exclude_pad:
         item_vectors, targets = item_vectors[1:], targets - 1
         bias = None if bias is None else bias[1:]
@@ -53,15 +61,19 @@ def cross_entropy(
     if _is_native(hidden, dtype, items, width):
         fewest, most = _NATIVE_ROWS
         together = chunk_size or min(max(_NATIVE_SCORES // items // fewest * fewest, fewest), most)
-        return NativeCrossEntropy.apply(hidden, item_vectors, bias, targets, together, dtype == torch.bfloat16)
+        half = dtype == torch.bfloat16
+        return NativeCrossEntropy.apply(hidden, item_vectors, bias, targets, seen, int(exclude_pad), together, half)
     if chunk_size is None:
         on_cpu = hidden.device.type == "cpu"
         chunk_size = max(_CPU_SCORES // items, _CPU_ROWS) if on_cpu else max(_CUDA_SCORES // items, 1)
     if hidden.dtype == torch.float64:
         scores = (F.linear(part, item_vectors, bias) for part in hidden.split(chunk_size))
+        if seen is not None:
+            masks = left_out(seen, targets, items, int(exclude_pad), chunk_size)
+            scores = (s.masked_fill(mask, -torch.inf) for s, mask in zip(scores, masks, strict=True))
         parts = zip(scores, targets.split(chunk_size), strict=True)
         return torch.stack([F.cross_entropy(s, t, reduction="sum") for s, t in parts]).sum() / hidden.shape[0]
-    return CrossEntropy.apply(hidden, item_vectors, bias, targets, chunk_size, dtype)
+    return CrossEntropy.apply(hidden, item_vectors, bias, targets, seen, int(exclude_pad), chunk_size, dtype)
 
 
 def _is_native(hidden: Tensor, dtype: torch.dtype, items: int, width: int) -> bool:
@@ -76,7 +88,15 @@ class NativeCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, item_vectors: Tensor, bias: Tensor | None, targets: Tensor, together: int, half: bool
+        ctx: Any,
+        hidden: Tensor,
+        item_vectors: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        seen: SeenItems | None,
+        pads: int,
+        together: int,
+        half: bool,
     ) -> Tensor:
         ctx.types = [None if t is None else t.dtype for t in (hidden, item_vectors, bias)]
         (rows, width), items, threads = hidden.shape, item_vectors.shape[0], torch.get_num_threads()
@@ -92,6 +112,7 @@ class NativeCrossEntropy(torch.autograd.Function):
             threads,
             int(half),
             ctypes.c_float(1 / rows),
+            _rows(seen, pads),
             *map(native.pointer, (x, table, bias, targets, losses, g_hidden, g_table, g_bias)),
         )
         summed = (None if g is None else g.sum(0) if threads > 1 else g[0] for g in (g_table, g_bias))
@@ -101,7 +122,7 @@ class NativeCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gloss: Tensor) -> tuple[Tensor | None, ...]:
-        return *_scaled(ctx, gloss), None, None, None
+        return *_scaled(ctx, gloss), None, None, None, None, None
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -114,6 +135,8 @@ class CrossEntropy(torch.autograd.Function):
         item_vectors: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        seen: SeenItems | None,
+        pads: int,
         chunk_size: int,
         dtype: torch.dtype,
     ) -> Tensor:
@@ -126,13 +149,22 @@ class CrossEntropy(torch.autograd.Function):
         g_table = torch.zeros(items, width, dtype=torch.float32, device=hidden.device) if wants else None
         g_bias = losses.new_zeros(items) if wants and bias is not None else None
         scale = 1.0 / rows
+        fused = dtype == torch.float32 and backend.runs_native(hidden)  # all but the products
+        masks = None if seen is None or fused else left_out(seen, targets, items, pads, chunk_size)
         with backend.without_autocast(hidden):
             buffer = torch.empty(min(chunk_size, rows), items, dtype=dtype, device=hidden.device)
             for first in range(0, rows, chunk_size):
                 part = x[first : first + chunk_size]
                 scores = torch.mm(part, table.T, out=buffer[: len(part)])
-                wanted = targets[first : first + chunk_size]
-                g_scores = _softmax(scores, wanted, bias, scale, losses[first : first + chunk_size], wants)
+                here = slice(first, first + chunk_size)
+                if fused:
+                    own = None if seen is None else SeenItems(seen.items, seen.start[here], seen.end[here])
+                    _native_softmax(scores, targets[here], bias, scale, losses[here], wants, own, pads)
+                    g_scores = scores
+                else:
+                    if masks is not None:
+                        scores.masked_fill_(next(masks), -torch.inf)
+                    g_scores = _softmax(scores, targets[here], bias, scale, losses[here], wants)
                 if g_hidden is None or g_table is None:
                     continue
                 torch.mm(g_scores, table, out=g_hidden[first : first + chunk_size])
@@ -148,7 +180,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gloss: Tensor) -> tuple[Tensor | None, ...]:
-        return *_scaled(ctx, gloss), None, None, None
+        return *_scaled(ctx, gloss), None, None, None, None, None
 
 
 def _scaled(ctx: Any, gloss: Tensor) -> list[Tensor | None]:
@@ -156,21 +188,46 @@ def _scaled(ctx: Any, gloss: Tensor) -> list[Tensor | None]:
     return [None if g is None else (g * gloss).to(dtype) for g, dtype in pairs]
 
 
+Rows = native.structure("Rows", "pads", "items start end")
+
+
+def _rows(seen: SeenItems | None, pads: int) -> Any:
+    """``seen`` as the kernels take it, by reference; None stays it."""
+    if seen is None:
+        return None
+    given = [tensor.long().contiguous() for tensor in seen]
+    structure = Rows(pads, *map(native.pointer, given))
+    structure.given = given  # as long as the structure lives
+    return ctypes.byref(structure)
+
+
+def _native_softmax(
+    scores: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    losses: Tensor,
+    gradient: bool,
+    seen: SeenItems | None,
+    pads: int,
+) -> None:
+    """:func:`_softmax` by the C++ kernel, of float32 scores, without what the rows have ``seen``."""
+    targets = targets.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    native.library().softmax_cross_entropy(
+        *map(ctypes.c_int64, scores.shape),
+        torch.get_num_threads(),
+        int(gradient),
+        ctypes.c_float(scale),
+        _rows(seen, pads),
+        *map(native.pointer, (targets, bias, scores, losses)),
+    )
+
+
 def _softmax(
     scores: Tensor, targets: Tensor, bias: Tensor | None, scale: float, losses: Tensor, gradient: bool
 ) -> Tensor:
     """Writes the losses of rows of scores; returns the gradient of ``scale · Σ losses``, in the place of the scores."""
-    if scores.dtype == torch.float32 and backend.runs_native(scores):
-        targets = targets.contiguous()
-        bias = None if bias is None else bias.float().contiguous()
-        native.library().softmax_cross_entropy(
-            *map(ctypes.c_int64, scores.shape),
-            torch.get_num_threads(),
-            int(gradient),
-            ctypes.c_float(scale),
-            *map(native.pointer, (targets, bias, scores, losses)),
-        )
-        return scores
     log_scores = scores.float() if bias is None else scores.float() + bias
     partition = log_scores.logsumexp(-1, keepdim=True)
     index = targets.unsqueeze(-1)

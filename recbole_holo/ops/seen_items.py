@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -17,3 +19,43 @@ class SeenItems(NamedTuple):
     items: Tensor  # [n], ids; 0 = pad, which is left out in any case
     start: Tensor  # [M]
     end: Tensor  # [M]
+
+
+def left_out(seen: SeenItems, targets: Tensor, n_items: int, pads: int, chunk_size: int) -> Iterator[Tensor]:
+    """For chunks of rows, which items each row leaves out of its softmax: those it has seen, but not its target.
+
+    A history is gone through once a chunk, whatever the number of its rows: the position at which an item first occurs
+    says which of the rows leave it out. A GPU is waited for once, to learn how many events the chunks have.
+
+    Args:
+        targets: ``[M]``, columns.
+        n_items: columns, V.
+        pads: items in front of those, which have none: item ``i`` is column ``i - pads``.
+        chunk_size: rows of a chunk.
+
+    Yields:
+        ``[rows of the chunk, V]``, bool.
+    """
+    start, size, width = seen.start, (seen.end - seen.start).clamp(min=0), n_items + pads
+    opens = torch.ones_like(start, dtype=torch.bool)
+    opens[1:] = start[1:] != start[:-1]
+    opens[::chunk_size] = True
+    history = opens.cumsum(0) - 1  # [M]: number of the row's history; every chunk begins with another
+    sizes = torch.zeros_like(start).scatter_reduce_(0, history, size, "amax")
+    shift = torch.zeros_like(start).scatter_(0, history, start)  # [histories], and zeros up to M, as sizes
+    ends = sizes.cumsum(0)
+    shift -= ends - sizes  # of the events of all histories, counted one after the other, to where they are in items
+    opened = torch.cat([history[::chunk_size], history[-1:] + 1])
+    counted = torch.cat([ends.new_zeros(1), ends])[opened]
+    histories, events = torch.stack([opened, counted]).tolist()
+    for chunk in range(len(histories) - 1):
+        (first, last), rows = histories[chunk : chunk + 2], slice(chunk * chunk_size, (chunk + 1) * chunk_size)
+        never = torch.iinfo(torch.int32).max
+        since = torch.full(((last - first) * width,), never, dtype=torch.int32, device=start.device)
+        for begin in range(events[chunk], events[chunk + 1], chunk_size * width):  # no more at a time than scores
+            event = torch.arange(begin, min(begin + chunk_size * width, events[chunk + 1]), device=start.device)
+            own = torch.searchsorted(ends, event, right=True)
+            at = seen.items[event + shift[own]] + (own - first) * width
+            since.scatter_reduce_(0, at, (event - ends[own] + sizes[own]).int(), "amin")
+        mask = since.view(-1, width)[history[rows] - first, pads:] < size[rows, None]
+        yield mask.scatter_(1, targets[rows, None], False)

@@ -35,6 +35,7 @@ from recbole_holo.ops import (
     unbind,
     unitary,
 )
+from recbole_holo.ops.seen_items import SeenItems
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -276,6 +277,17 @@ def test_losses():
     targets, negatives = torch.randint(1, 50, (30,)), torch.randint(1, 50, (64,))
     inputs = [torch.randn(30, 16), torch.randn(50, 16)]
     compare(lambda h, t: cross_entropy(h, targets.to(h.device), t, chunk_size=8), inputs, torch.float32, typed=())
+    seen = SeenItems(
+        torch.randint(50, (40,)), torch.arange(30) // 10 * 12, torch.arange(30) // 10 * 12 + torch.arange(30) % 10
+    )
+    compare(
+        lambda h, t: cross_entropy(
+            h, targets.to(h.device), t, None, 8, True, SeenItems(*(part.to(h.device) for part in seen))
+        ),
+        inputs,
+        torch.float32,
+        typed=(),
+    )
     for cosine in (False, True):
         compare(
             lambda h, t, cosine=cosine: info_nce(

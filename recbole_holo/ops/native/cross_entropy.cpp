@@ -11,25 +11,78 @@ static vec tail(const float *row, int64_t at, int64_t width, float filler) {
     return load(v);
 }
 
-// Returns log Σ_j e^{row[j]} - row[target]; the row becomes the gradient of `scale` times that, if `gradient`.
-static float softmax_row(float *row, int64_t width, int64_t target, const float *bias, float scale, int gradient) {
+typedef struct {
+    int64_t pads;               // items before the table's first
+    const int64_t *items;       // numbers of items, the table's first is `pads`
+    const int64_t *start, *end;  // [rows]: the row has seen items[start .. end - 1]
+} seen_items;
+
+// Which items a row leaves out of its softmax, kept from row to row: of a history as long as the rows before it, only
+// the events since then are new.
+struct left_out {
+    const seen_items *seen;  // or 0: no row leaves out any
+    int64_t width, start = 0, end = 0;
+    int64_t back = -1;  // the last row's target, if it was seen
+    int32_t *kept = 0;  // [width], all bits set for items that stay in, else none
+
+    left_out(const seen_items *seen, int64_t width) : seen(seen), width(width) {
+        if (!seen) return;
+        kept = (int32_t *)floats(width);
+        memset(kept, -1, 4 * width);
+    }
+    ~left_out() { free(kept); }
+
+    void mark(int64_t from, int64_t to, int32_t as) {
+        for (int64_t k = from; k < to; k++) {
+            const int64_t item = seen->items[k] - seen->pads;
+            if (item >= 0 && item < width) kept[item] = as;
+        }
+    }
+
+    const int32_t *of_row(int64_t i, int64_t target) {
+        if (back >= 0) kept[back] = 0;
+        if (seen->start[i] != start || seen->end[i] < end) {
+            mark(start, end, -1);
+            start = end = seen->start[i];
+        }
+        if (seen->end[i] > end) {
+            mark(end, seen->end[i], 0);
+            end = seen->end[i];
+        }
+        back = kept[target] ? -1 : target;
+        kept[target] = -1;
+        return kept;
+    }
+};
+
+// Returns log Σ_j e^{row[j]} - row[target]; the row becomes the gradient of `scale` times that, if `gradient`. With
+// leaves_out, items that are not `kept` have no part in it, whatever their scores, and gradient 0.
+template <bool leaves_out>
+static float softmax_row(float *row, int64_t width, int64_t target, const int32_t *kept, const float *bias, float scale,
+                         int gradient) {
     const int64_t whole = width / LANES * LANES;
     vec highest = all(-INFINITY), total = all(0);
+    const auto stays = [&](int64_t j) { return leaves_out ? (ivec)load((const float *)kept + j) : ivec{} - 1; };
+    const auto rival = [&](int64_t j, vec v) { return leaves_out ? (stays(j) ? v : all(-INFINITY)) : v; };
+    const auto power = [&](int64_t j, vec v) {
+        const vec e = exp_(v);
+        return leaves_out ? (vec)((ivec)e & stays(j)) : e;
+    };
     if (bias)
         for (int64_t j = 0; j < width; j++) row[j] += bias[j];
-    for (int64_t j = 0; j < whole; j += LANES) highest = higher(load(row + j), highest);
-    if (whole < width) highest = higher(tail(row, whole, width, -INFINITY), highest);
+    for (int64_t j = 0; j < whole; j += LANES) highest = higher(rival(j, load(row + j)), highest);
+    if (whole < width) highest = higher(rival(whole, tail(row, whole, width, -INFINITY)), highest);
     float top = highest[0];
     for (int j = 1; j < LANES; j++) top = highest[j] > top ? highest[j] : top;
     const float wanted = row[target];
     for (int64_t j = 0; j < whole; j += LANES) {
-        vec e = exp_(load(row + j) - top);
+        vec e = power(j, load(row + j) - top);
         store(row + j, e);
         total += e;
     }
     float partition = sum(total);
     if (whole < width) {
-        vec e = exp_(tail(row, whole, width, -INFINITY) - top);
+        vec e = power(whole, tail(row, whole, width, -INFINITY) - top);
         memcpy(row + whole, &e, 4 * (width - whole));
         for (int64_t j = whole; j < width; j++) partition += row[j];
     }
@@ -42,24 +95,37 @@ static float softmax_row(float *row, int64_t width, int64_t target, const float 
     return logf(partition) + top - wanted;
 }
 
+// softmax_row of row i of all, which is at `row`.
+static float softmax_of(left_out *out, int64_t i, float *row, const int64_t *targets, const float *bias, float scale,
+                        int gradient) {
+    const int64_t target = targets[i];
+    if (!out->seen) return softmax_row<false>(row, out->width, target, 0, bias, scale, gradient);
+    return softmax_row<true>(row, out->width, target, out->of_row(i, target), bias, scale, gradient);
+}
+
 extern "C" {
 
 // scores [rows, width]; bias [width] is added to each row, or 0. losses[i] is set; scores becomes the gradient of
 // scale · Σ losses if `gradient`, else what is left there means nothing.
-void softmax_cross_entropy(int64_t rows, int64_t width, int threads, int gradient, float scale, const int64_t *targets,
-                           const float *bias, float *scores, float *losses) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < rows; i++)
-        losses[i] = softmax_row(scores + i * width, width, targets[i], bias, scale, gradient);
+// `seen` says what the rows leave out, or is 0.
+void softmax_cross_entropy(int64_t rows, int64_t width, int threads, int gradient, float scale, const seen_items *seen,
+                           const int64_t *targets, const float *bias, float *scores, float *losses) {
+#pragma omp parallel num_threads(threads)
+    {
+        left_out out(seen, width);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rows; i++)
+            losses[i] = softmax_of(&out, i, scores + i * width, targets, bias, scale, gradient);
+    }
 }
 
 // hidden [rows, d] against table [items, d], d a multiple of LANES. losses [rows] is set. If ghidden is not 0: the
 // gradient of scale · Σ losses, in ghidden [rows, d], gtable [threads, items, d] and gbias [threads, items] (or 0), the
 // last two zeros before, to be summed over threads. `together` rows are in the cache at a time. half: round the factors
-// of the products to bfloat16.
+// of the products to bfloat16. `seen` says what the rows leave out, or is 0.
 void cross_entropy(int64_t rows, int64_t items, int64_t d, int64_t together, int threads, int half, float scale,
-                   const float *hidden, const float *table, const float *bias, const int64_t *targets, float *losses,
-                   float *ghidden, float *gtable, float *gbias) {
+                   const seen_items *seen, const float *hidden, const float *table, const float *bias,
+                   const int64_t *targets, float *losses, float *ghidden, float *gtable, float *gbias) {
     panels columns = pack(table, d, items, 1, d, half), whole = {};
     if (ghidden) whole = pack(table, items, d, d, 1, half);
     const int64_t row = columns.width;
@@ -67,13 +133,13 @@ void cross_entropy(int64_t rows, int64_t items, int64_t d, int64_t together, int
     {
         float *scores = floats(together * row);
         const int thread = omp_get_thread_num();
+        left_out out(seen, items);
 #pragma omp for schedule(static)
         for (int64_t tile = 0; tile < (rows + together - 1) / together; tile++) {
             const int64_t first = tile * together, count = rows - first < together ? rows - first : together;
             multiply(count, hidden + first * d, d, &columns, 0, scores, row, 0);
             for (int64_t i = 0; i < count; i++)
-                losses[first + i] =
-                    softmax_row(scores + i * row, items, targets[first + i], bias, scale, ghidden != 0);
+                losses[first + i] = softmax_of(&out, first + i, scores + i * row, targets, bias, scale, ghidden != 0);
             if (!ghidden) continue;
             multiply(count, scores, row, &whole, 0, ghidden + first * d, d, 0);
             add_outer(items, d, count, scores, row, hidden + first * d, d, gtable + thread * items * d, d, half);
