@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--store", help="file of an SQLiteStore")
     flags.add_argument("--interactive", action="store_true", help="take items one at a time, from the keyboard")
     flags.add_argument("--k", type=int, default=10, help="items to recommend")
-    flags.add_argument("--include_seen", action="store_true", help="recommend what the user has, too")
+    seen = flags.add_mutually_exclusive_group()
+    seen.add_argument("--include_seen", action="store_true", help="recommend what the user has, too")
+    seen.add_argument("--exclude_seen", action="store_true", help="leave out what the user has")
     args = flags.parse_args(argv)
     try:
         if (args.history is None) + (args.user is None) + (not args.interactive) != 2:
@@ -43,13 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("store", args.store, "there is no such file")
         store = None if args.store is None else SQLiteStore(args.store)
         recommender = Recommender.load(args.checkpoint, store)
-        settings = {"k": args.k, "exclude_seen": not args.include_seen, "why": binds(recommender)}
+        asked = args.include_seen or args.exclude_seen
+        settings = {"k": args.k, "exclude_seen": args.exclude_seen if asked else None, "why": binds(recommender)}
+        history = [token_of(recommender, text) for text in args.history.split("|")] if args.history is not None else []
+        if not asked:
+            print(recommender.about_seen_items(), file=sys.stderr)
         if args.interactive:
             converse(recommender, sys.stdin, **settings)
         elif args.user is not None:
             print(with_basis(recommender.recommend(args.user, **settings)))
         else:
-            history = [token_of(recommender, text) for text in args.history.split("|")]
             print(with_basis(recommender.recommend(history=history, **settings)))
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
@@ -74,7 +79,7 @@ def with_basis(found: Recommendations) -> str:
     return f"{note}{found}"
 
 
-def converse(recommender: Recommender, lines: Iterable[str], k: int, exclude_seen: bool, why: bool) -> None:
+def converse(recommender: Recommender, lines: Iterable[str], k: int, exclude_seen: bool | None, why: bool) -> None:
     """Reads items line by line; after each the new list, with the ranks that changed. An empty line ends it."""
     before, user = None, "you"
     print("An item by title or id, one a line; an empty line ends.")

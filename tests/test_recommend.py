@@ -40,6 +40,21 @@ def test_a_history_by_titles_and_ids(checkpoint: str, capsys: pytest.CaptureFixt
     assert len(lines) == 5
 
 
+def test_what_the_user_has_is_left_out_or_not_and_said_so(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    history = ["--checkpoint", checkpoint, "--history", "i3|i4", "--k", "18"]
+    assert main(history) == 0
+    default = capsys.readouterr()
+    assert "items that a user has are left out: 0% of the training targets were repeats" in default.err
+    assert len(default.out.splitlines()) == 2 + 18
+    assert not {"i3", "i4"} & {line.split()[1] for line in default.out.splitlines()[2:]}
+    assert main([*history, "--include_seen"]) == 0
+    both = capsys.readouterr()
+    assert {"i3", "i4"} & {line.split()[1] for line in both.out.splitlines()[2:]}
+    assert "items that a user has" not in both.err
+    assert main([*history, "--exclude_seen"]) == 0
+    assert capsys.readouterr().out == default.out
+
+
 def test_a_misspelt_title(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--checkpoint", checkpoint, "--history", "The 3th Flm"]) == 2
     error = capsys.readouterr().err

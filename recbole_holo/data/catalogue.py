@@ -30,6 +30,7 @@ class Catalogue:
         titles: of each item, "" where there is none.
         popularity: of each item, the users who have it in the training split, ``[n_items]``.
         item_attributes: as the model binds them.
+        repeats: part of the training targets whose user had met the item before, 0 to 1.
     """
 
     dataset_name: str
@@ -38,6 +39,7 @@ class Catalogue:
     titles: list[str]
     popularity: Tensor
     item_attributes: dict[str, ItemAttribute] = field(default_factory=dict)
+    repeats: float = 0.0
 
     @classmethod
     def of(cls, dataset: Any) -> Catalogue:
@@ -54,6 +56,7 @@ class Catalogue:
             [titles.get(token, "") for token in tokens],
             counts,
             dict(getattr(dataset, "item_attributes", {})),
+            repeats_of(dataset),
         )
 
     # ------------------------------------------------------------------ in a checkpoint
@@ -66,7 +69,7 @@ class Catalogue:
     @classmethod
     def from_plain(cls, saved: Mapping[str, Any]) -> Catalogue:
         """The inverse of :meth:`plain`."""
-        given = {name: saved[name] for name in cls.__dataclass_fields__}
+        given = {name: saved[name] for name in cls.__dataclass_fields__ if name in saved}  # older ones lack some
         attributes = given["item_attributes"].items()
         given["item_attributes"] = {n: ItemAttribute(**{**a, "index": a["index"].long()}) for n, a in attributes}
         return cls(**{**given, "popularity": given["popularity"].long()})
@@ -119,6 +122,17 @@ class Catalogue:
     def title(self, number: int) -> str:
         """What to call an item: its title, or its id where it has none."""
         return self.titles[number] or self.tokens[number]
+
+
+def repeats_of(dataset: Any) -> float:
+    """Part of a training split's targets whose user had met the item before; 0 where it holds no whole sequences."""
+    following = getattr(dataset, "following", None)
+    if following is None:
+        return 0.0
+    target = (following > 0).nonzero().flatten() + 1
+    events = dataset.events
+    met = events.first_time(events.first[target], events.items[target]) < target
+    return float(met.double().mean())
 
 
 def _narrow(numbers: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ LATE = ("append", "skip")
 EVENT_IDS = 64  # of a user's latest events that a repeated one is looked for among
 TOGETHER = 32  # events of one user that are read in one pass
 POSITIONS = 2**17  # of histories that are encoded at a time
+REPEATED = 0.05  # part of the training targets from which on items are taken to be met again
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,10 @@ class Recommender:
     **Repetition.** An event with the id of one of the user's latest 64 events changes nothing.
 
     **Seen items.** The latest ``remember`` distinct items of a user are kept beside the state, so that they need not be
-    recommended again. Everything that is kept has a fixed size, and so has the time of a call.
+    recommended again. Unless a call says otherwise they are left out (:attr:`excludes_seen`), but for a model that was
+    trained on data in which people come back to items (5 % of the training targets or more were repeats) and not for
+    rankings without seen items (``seen_items: excluded``). Everything that is kept has a fixed size, and so has the
+    time of a call.
 
     Args:
         model: of this package, one that carries a state.
@@ -151,6 +155,8 @@ class Recommender:
         leaves = not isinstance(self.store, MemoryStore)
         self.codec = Codec(model.state_layout(), storage, checked=leaves, version=self.version)
         self.remember, self.late, self.index = remember, late, index
+        self.excludes_seen = bool(model.excludes_seen) or self.catalogue.repeats < REPEATED
+        getLogger("recbole_holo").info("%s", self.about_seen_items())
         self._device = next(model.parameters()).device
         self._popular = self.catalogue.popularity[1:].argsort(descending=True, stable=True).numpy() + 1
         self._lock = threading.RLock()
@@ -188,6 +194,15 @@ class Recommender:
             model = compress(model, compression)
         built = None if index is None else FaissIndex(model, index, effort)
         return cls(model, catalogue, store, index=built, **options)
+
+    def about_seen_items(self) -> str:
+        """Whether items that a user has are recommended again where a call does not say, and why."""
+        verb = "left out" if self.excludes_seen else "recommended, too"
+        if self.model.excludes_seen:
+            why = "the model was trained for rankings without them (seen_items: excluded)"
+        else:
+            why = f"{self.catalogue.repeats:.0%} of the training targets were repeats"
+        return f"items that a user has are {verb}: {why}"
 
     # ------------------------------------------------------------------ events in
     def update(self, user: str, item: str, timestamp: float | None = None, event_id: str | None = None) -> str:
@@ -235,14 +250,15 @@ class Recommender:
         user: str | None = None,
         k: int = 10,
         history: Sequence[str] | None = None,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         candidates: Sequence[str] | None = None,
         why: bool = False,
     ) -> Recommendations:
         """The k best items for a user whose events came before, or for a history of items, oldest first.
 
         Args:
-            exclude_seen: leave out what the user has (of a stored user, the latest ``remember`` items).
+            exclude_seen: leave out what the user has (of a stored user, the latest ``remember`` items); None: as the
+                model was trained, :attr:`excludes_seen`.
             candidates: only these.
             why: with what each item has of what the state holds most strongly (models with bound attributes).
 
@@ -265,7 +281,7 @@ class Recommender:
         self,
         users: Sequence[str],
         k: int = 10,
-        exclude_seen: bool = True,
+        exclude_seen: bool | None = None,
         candidates: Sequence[str] | None = None,
         why: bool = False,
     ) -> list[Recommendations]:
@@ -424,13 +440,14 @@ class Recommender:
         seen: Sequence[np.ndarray],
         known: Sequence[bool],
         k: int,
-        exclude_seen: bool,
+        exclude_seen: bool | None,
         candidates: Sequence[str] | None,
         why: bool,
         unknown: list[str],
     ) -> list[Recommendations]:
         if k < 1:
             raise ConfigError("k", k, "use 1 or more items")
+        exclude_seen = self.excludes_seen if exclude_seen is None else exclude_seen
         excluded = seen if exclude_seen else [seen_by[:0] for seen_by in seen]
         if candidates is None:
             found = top_items(self.model, hidden, k, excluded, self.index)

@@ -12,6 +12,7 @@ from recbole.utils import InputType
 from torch import Tensor, nn
 
 from recbole_holo.data import TARGETS_SUFFIX
+from recbole_holo.data.histories import Seen, histories_of
 from recbole_holo.errors import ConfigError
 from recbole_holo.layers.bundling import Layout
 from recbole_holo.layers.carried import Carried
@@ -22,6 +23,8 @@ from recbole_holo.ops import cross_entropy, losses
 
 LOSSES = ("CE", "BPR", "BCE", "InfoNCE", "SampledCE")
 SIMILARITIES = ("dot", "cosine")
+SEEN_ITEMS = ("kept", "excluded")
+REDRAWS = 8  # of a negative that was seen
 PREFIX_GROUPS = 8  # parts of a batch of prefixes, each of nearly one length
 
 
@@ -46,6 +49,11 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
     training target, 0 elsewhere; the loss is the mean over all targets of the batch. A batch of prefixes (RecBole's
     form, ``train_on: prefixes``) carries one target a row, and the loss is taken at the last position.
 
+    **Seen items.** With ``seen_items: excluded`` the loss at a position is about what the user has not met yet: the
+    items of the user's history up to and with that position, also those before the window, are no rivals of the target
+    (ours), neither in the softmax nor as sampled negatives; a target that was itself seen stays the target. The model
+    then learns the ranking that a service shows, and nothing about repeats.
+
     **Large catalogues.** ``SampledCE`` estimates CE from ``num_negatives`` items; it is InfoNCE with the log-q
     correction on, and both read the settings of negatives. ``sparse_embedding`` makes the gradients of the item tables
     sparse (in training mode, for a lookup of any table of n_items rows and for the loss), so that a step costs what
@@ -60,12 +68,13 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
     never occur in training have no vector of their own, and no part in the loss.
 
     Config keys: ``loss_type`` (CE | BPR | BCE | InfoNCE | SampledCE), ``similarity`` (dot | cosine), ``temperature``
-    (float), ``learn_temperature`` (bool), ``sparse_embedding`` (bool); of InfoNCE and SampledCE: ``num_negatives``
-    (int), ``negative_distribution`` (uniform | popularity | in_batch | mixed), ``popularity_exponent`` (float),
-    ``logq_correction`` (bool, ~ = True for SampledCE and False for InfoNCE). Of attributes: ``binding`` (~ | item |
-    role | both | triple | add | concat), ``binding_algebra`` (none | unitary), ``binding_scale`` (ortho | none | ~),
-    ``binding_alpha`` (float), ``bind_output`` (bool | added), ``cold_items`` (train | attributes), ``attribute_values``
-    (mean | first), ``attribute_floats`` (quantile | learned), ``attribute_range`` (float), ``attribute_size`` (int).
+    (float), ``learn_temperature`` (bool), ``seen_items`` (kept | excluded), ``sparse_embedding`` (bool); of InfoNCE
+    and SampledCE: ``num_negatives`` (int), ``negative_distribution`` (uniform | popularity | in_batch | mixed),
+    ``popularity_exponent`` (float), ``logq_correction`` (bool, ~ = True for SampledCE and False for InfoNCE). Of
+    attributes: ``binding`` (~ | item | role | both | triple | add | concat), ``binding_algebra`` (none | unitary),
+    ``binding_scale`` (ortho | none | ~), ``binding_alpha`` (float), ``bind_output`` (bool | added), ``cold_items``
+    (train | attributes), ``attribute_values`` (mean | first), ``attribute_floats`` (quantile | learned),
+    ``attribute_range`` (float), ``attribute_size`` (int).
     """
 
     input_type = InputType.POINTWISE  # negatives, where a loss needs them, are drawn by the model
@@ -78,6 +87,7 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         super().__init__(config, dataset)
         self.loss_type = one_of("loss_type", config["loss_type"], LOSSES)
         self.cosine = one_of("similarity", config["similarity"] or "dot", SIMILARITIES) == "cosine"
+        self.excludes_seen = one_of("seen_items", config["seen_items"] or "kept", SEEN_ITEMS) == "excluded"
         self.ITEM_TARGETS = self.ITEM_ID + TARGETS_SUFFIX
 
         temperature = 1.0 if config["temperature"] is None else float(config["temperature"])
@@ -157,16 +167,26 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
             n_targets = getattr(interaction, "n_targets", None)  # known to the loader of whole sequences
             hidden, layout = self.token_states(item_seq)
             if layout is None and n_targets == len(targets):  # full windows: nothing to select, and no copy to keep
-                return self.loss(hidden.flatten(0, 1), targets)
+                where = torch.arange(n_targets, device=targets.device)
+                return self.loss(hidden.flatten(0, 1), targets, self._seen(interaction, where))
             where = positions_of(targets > 0, n_targets)
             states = hidden.flatten(0, 1).index_select(0, where) if layout is None else layout.select(hidden, where)
-            return self.loss(states, targets.index_select(0, where))
+            return self.loss(states, targets.index_select(0, where), self._seen(interaction, where))
         # Prefixes have all lengths, and a pad costs as much as an item: the loss of the rows, in order of length.
         lengths, order = interaction[self.ITEM_SEQ_LEN].sort()
         size = -(-len(order) // PREFIX_GROUPS)
         groups = zip(order.split(size), lengths.split(size), strict=True)
         hidden = torch.cat([self.forward(item_seq[rows, : int(own[-1])], own) for rows, own in groups])
-        return self.loss(hidden, interaction[self.POS_ITEM_ID][order])
+        seen = self._seen(interaction, order * item_seq.shape[1] + lengths - 1)
+        return self.loss(hidden, interaction[self.POS_ITEM_ID][order], seen)
+
+    def _seen(self, interaction: Interaction, where: Tensor) -> Seen | None:
+        """What the loss leaves out at the places ``where [M]`` = row · L + position of a batch; None: nothing."""
+        if not self.excludes_seen:
+            return None
+        item_seq = interaction[self.ITEM_SEQ]
+        width = item_seq.shape[1]
+        return histories_of(interaction, item_seq).at(where // width, where % width)
 
     def losses_in_parts(self, interaction: Interaction, steps: int) -> Iterator[Tensor]:
         """:meth:`calculate_loss` in terms that add up to it, each over the next ``steps`` positions of the batch.
@@ -178,15 +198,17 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         item_seq, targets = interaction[self.ITEM_SEQ], interaction[self.ITEM_TARGETS]
         parts = targets.split(steps, 1)
         counts = torch.stack([(part > 0).sum() for part in parts]).tolist()  # a GPU is waited for once a batch
-        carried = Carried()
+        carried, width = Carried(), item_seq.shape[1]
         for items, wanted, count in zip(item_seq.split(steps, 1), parts, counts, strict=True):
             with torch.set_grad_enabled(count > 0):
                 hidden = self.hidden_states(items, carried)  # type: ignore[call-arg]
-            carried.position += items.shape[1]
             if count:
                 where = positions_of(wanted.flatten() > 0, count)
-                loss = self.loss(hidden.flatten(0, 1).index_select(0, where), wanted.flatten().index_select(0, where))
-                yield loss * (count / sum(counts))
+                row, step = where // items.shape[1], where % items.shape[1]
+                seen = self._seen(interaction, row * width + carried.position + step)
+                states, targets = hidden.flatten(0, 1).index_select(0, where), wanted.flatten().index_select(0, where)
+                yield self.loss(states, targets, seen) * (count / sum(counts))
+            carried.position += items.shape[1]
 
     def predict(self, interaction: Interaction) -> Tensor:
         hidden = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
@@ -220,8 +242,13 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         scores = (self._query(hidden) * vectors).sum(-1)
         return scores if self.item_bias is None else scores + self.item_bias[items]
 
-    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss over supervised positions: ``hidden [M, d]``, ``targets [M]`` → scalar."""
+    def loss(self, hidden: Tensor, targets: Tensor, seen: Seen | None = None) -> Tensor:
+        """Mean loss over supervised positions: ``hidden [M, d]``, ``targets [M]`` → scalar.
+
+        Args:
+            seen: what the user of each position had seen, in the same order; it is left out of what the target is
+                compared with. None: nothing is left out.
+        """
         temperature, bias, known = self.log_temperature.exp(), self.item_bias, self.trained_items
         n_items = self.n_items
         if known is not None:  # nobody knows the others yet
@@ -232,16 +259,38 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         query = self._query(hidden) / temperature
         if self.loss_type == "CE":
             # The pad is never a target; as a rival it would train its row away from zero.
-            return cross_entropy(query, targets, self._table(self._trained_vectors()), bias, exclude_pad=True)
+            ranges = None if seen is None else seen.ranges()
+            if ranges is not None and known is not None:
+                ranges = ranges._replace(items=self.trained_number[ranges.items])
+            table = self._table(self._trained_vectors())
+            return cross_entropy(query, targets, table, bias, exclude_pad=True, seen=ranges)
         vectors, sparse = self._sampled_from(len(targets))
         if self.negative_sampler is not None:
             negatives, log_counts = self.negative_sampler(targets)
+            left_out = None if seen is None else seen.among(negatives if known is None else known[negatives])
             return losses.info_nce(
-                hidden, targets, vectors, negatives, bias, temperature, self.cosine, log_counts, sparse
+                hidden, targets, vectors, negatives, bias, temperature, self.cosine, log_counts, sparse, left_out
             )
-        negatives = losses.sample_negatives(targets.shape, n_items, targets.device, exclude=targets)
         pairwise = losses.bpr if self.loss_type == "BPR" else losses.bce
-        return pairwise(query, targets, negatives, vectors, bias, self.cosine, sparse)
+        negatives, left_out = self._unseen_negatives(targets, n_items, seen)
+        return pairwise(query, targets, negatives, vectors, bias, self.cosine, sparse, left_out)
+
+    def _unseen_negatives(self, targets: Tensor, n_items: int, seen: Seen | None) -> tuple[Tensor, Tensor | None]:
+        """One negative a position, numbered as in the loss ``[M]``, and which of them were seen after all: where a
+        user has seen nearly everything, drawing again ends."""
+
+        def draw() -> Tensor:
+            return losses.sample_negatives(targets.shape, n_items, targets.device, exclude=targets)
+
+        negatives = draw()
+        if seen is None:
+            return negatives, None
+        for _ in range(REDRAWS):
+            negatives = torch.where(self._met(seen, negatives), draw(), negatives)
+        return negatives, self._met(seen, negatives)
+
+    def _met(self, seen: Seen, items: Tensor) -> Tensor:
+        return seen.contains(items if self.trained_items is None else self.trained_items[items])
 
     def _trained_vectors(self) -> Tensor:
         """:meth:`item_vectors` of the trained items alone, numbered as in the loss."""

@@ -30,6 +30,7 @@ def info_nce(
     cosine: bool = False,
     log_counts: Tensor | None = None,
     sparse: bool = False,
+    left_out: Tensor | None = None,
 ) -> Tensor:
     r"""``log( exp(s⁺/τ) + Σ_k exp(s⁻_k/τ - log E_k) ) - s⁺/τ`` with one positive and K negatives.
 
@@ -53,6 +54,8 @@ def info_nce(
         cosine: score by the cosine instead of the dot product.
         log_counts: log E of each negative, of their shape; for K independent draws from q it is ``log(K q)``.
         sparse: the gradient of ``item_vectors`` is a sparse tensor; see :func:`torch.nn.functional.embedding`.
+        left_out: ``[M, K]``, negatives that are none of a row; with ``log_counts`` the sum is then an estimate of that
+            over the row's other items.
 
     Returns:
         Scalar.
@@ -73,7 +76,8 @@ def info_nce(
         else:
             negative = offset + torch.bmm(negative_vectors.view(*negatives.shape, -1), query.unsqueeze(-1)).squeeze(-1)
         # Not -inf: of a row without another negative its gradient is nan.
-        negative.masked_fill_(negatives == targets.unsqueeze(-1), torch.finfo(dtype).min)
+        is_none = negatives == targets.unsqueeze(-1)
+        negative.masked_fill_(is_none if left_out is None else is_none | left_out, torch.finfo(dtype).min)
         return F.softplus(negative.logsumexp(-1) - positive).mean()
 
 
@@ -85,13 +89,15 @@ def bpr(
     bias: Tensor | None = None,
     cosine: bool = False,
     sparse: bool = False,
+    left_out: Tensor | None = None,
 ) -> Tensor:
     r"""``-log σ(s⁺ - s⁻)`` with one negative a row: ``negatives [M]``. Returns a scalar.
 
-    ``cosine`` normalises the items' vectors (``hidden`` is taken as it is), ``sparse`` is :func:`info_nce`'s.
+    ``cosine`` normalises the items' vectors (``hidden`` is taken as it is), ``sparse`` is :func:`info_nce`'s. A row
+    whose negative is ``left_out [M]`` counts as none: its loss is 0.
     """
     positive, negative = _pair_scores(hidden, targets, negatives, item_vectors, bias, cosine, sparse)
-    return -F.logsigmoid(positive - negative).mean()
+    return _without(left_out, -F.logsigmoid(positive - negative)).mean()
 
 
 def bce(
@@ -102,10 +108,16 @@ def bce(
     bias: Tensor | None = None,
     cosine: bool = False,
     sparse: bool = False,
+    left_out: Tensor | None = None,
 ) -> Tensor:
-    r"""``-log σ(s⁺) - log(1 - σ(s⁻))`` with one negative a row: ``negatives [M]``. Arguments as :func:`bpr`'s."""
+    r"""``-log σ(s⁺) - log(1 - σ(s⁻))`` with one negative a row: ``negatives [M]``. Arguments as :func:`bpr`'s; of a row
+    whose negative is ``left_out`` the first term counts alone."""
     positive, negative = _pair_scores(hidden, targets, negatives, item_vectors, bias, cosine, sparse)
-    return (F.softplus(-positive) + F.softplus(negative)).mean()
+    return (F.softplus(-positive) + _without(left_out, F.softplus(negative))).mean()
+
+
+def _without(left_out: Tensor | None, values: Tensor) -> Tensor:
+    return values if left_out is None else values.masked_fill(left_out, 0.0)
 
 
 def sample_negatives(

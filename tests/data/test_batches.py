@@ -88,7 +88,9 @@ def test_pads_are_few(length: int, size: dict[str, int]) -> None:
         targets += batch.n_targets
         assert batch["item_id_list"].numel() <= size.get("train_batch_tokens", np.inf)
     assert pads < 0.1 * positions
-    assert targets == len(train.dataset.events.items) - 3 * 943  # every event but each user's first, validation and test
+    assert (
+        targets == len(train.dataset.events.items) - 3 * 943
+    )  # every event but each user's first, validation and test
 
 
 def test_a_batch_is_the_rows_of_the_data_set(cyclic_dataset: str, tiny: dict[str, Any]) -> None:

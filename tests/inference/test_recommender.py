@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,23 @@ def expected(model: Any, items: list[str], k: int = 5, exclude: bool = True) -> 
 def assert_says(found: Any, wanted: tuple[list[str], list[float]]) -> None:
     np.testing.assert_allclose([one.score for one in found.suggestions], wanted[1], rtol=1e-3, atol=1e-4)
     assert found.items == wanted[0]
+
+
+@pytest.mark.parametrize(
+    ("trained", "repeats", "left_out"),
+    [("kept", 0.0, True), ("kept", 0.049, True), ("kept", 0.4, False), ("excluded", 0.4, True)],
+)
+def test_seen_items_are_treated_as_the_model_was_trained(trained, repeats, left_out, histories, caplog):
+    model, items = served(seen_items=trained)
+    with caplog.at_level("INFO"):
+        recommender = Recommender(model, replace(items, repeats=repeats))
+    assert ("left out" if left_out else "recommended, too") in caplog.text
+    user, history = next(iter(histories.items()))
+    for item in history:
+        recommender.update(user, item)
+    for found in (recommender.recommend(user, k=5), recommender.recommend(history=history, k=5)):
+        assert_says(found, expected(model, history, exclude=left_out))
+    assert_says(recommender.recommend(user, k=5, exclude_seen=not left_out), expected(model, history, 5, not left_out))
 
 
 @pytest.mark.parametrize("name", ["HoloMambaRec", "Hydra", "RecMamba", "Mamba4Rec"])
