@@ -18,16 +18,17 @@ class Events:
     Args:
         items: ``[n_events]``.
         first: of every event, the number of its user's first ``[n_events]``.
+        n_items: ids are below it; None = they are looked through, for which a GPU is waited for once.
     """
 
-    def __init__(self, items: Tensor, first: Tensor) -> None:
-        self.items, self.first = items, first
+    def __init__(self, items: Tensor, first: Tensor, n_items: int | None = None) -> None:
+        self.items, self.first, self.n_items = items, first, n_items
 
     @cached_property
     def _first_time(self) -> tuple[int, Tensor, Tensor]:
         """Every user's items by their keys, user · ids + item, ascending ``[n_events]``, and the event of each; the
         earliest comes first among equals."""
-        ids = int(self.items.max()) + 1
+        ids = int(self.items.max()) + 1 if self.n_items is None else self.n_items
         keys, events = (self.first * ids + self.items).sort(stable=True)
         return ids, keys, events
 
@@ -41,7 +42,7 @@ class Events:
 
     def to(self, device: torch.device) -> Events:
         same = self.items.device == torch.device(device)
-        return self if same else Events(self.items.to(device), self.first.to(device))
+        return self if same else Events(self.items.to(device), self.first.to(device), self.n_items)
 
 
 class Histories(NamedTuple):

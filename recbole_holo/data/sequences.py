@@ -64,7 +64,7 @@ class PrefixDataset(RepairedDataset, SequentialDataset):
         users = self._events[self.uid_field]
         is_first = torch.cat([torch.ones(1, dtype=torch.bool), users[1:] != users[:-1]])
         first = torch.where(is_first, torch.arange(len(users)), 0).cummax(0).values
-        return Events(self._events[self.iid_field], first)
+        return Events(self._events[self.iid_field], first, self.item_num)
 
     @property
     def is_augmented(self) -> bool:

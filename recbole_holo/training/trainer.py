@@ -216,7 +216,8 @@ class HoloTrainer(SafeCheckpoints, Trainer):
     Same features and, for RecBole's models in one process, the same numbers as RecBole's (early stopping, AMP, gradient
     clipping, tensorboard, wandb). Besides:
 
-    * no host synchronisation per step on CUDA, and none at all in an epoch of whole sequences;
+    * no host synchronisation per step on CUDA, and none at all in an epoch of whole sequences (with ``seen_items:
+      excluded`` and CE one a step);
     * this package's models get PyTorch's fused adam or adamw; of their parameters, those marked ``_no_weight_decay``
       (the SSM's ``A_log``, ``D``, ``dt_bias``) are not decayed;
     * a schedule of the learning rate (``lr_scheduler``), an average of the weights (``ema_decay``): it is what

@@ -80,7 +80,11 @@ def _reference() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_reference")
 @pytest.mark.parametrize("model", list(registry.MODELS))
-def test_no_step_asks_the_device(model: str, cyclic_dataset: str, tiny: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", [{}, {"seen_items": "excluded", "loss_type": "SampledCE"}], ids=["plain", "seen"])
+def test_no_step_asks_the_device(
+    model: str, settings: dict[str, Any], cyclic_dataset: str, tiny: dict[str, Any]
+) -> None:
+    tiny.update(settings)
     tiny.update(item_attributes=["genre"], clip_grad_norm={"max_norm": 1.0}, ema_decay=0.9)
     tiny.update(dropout_prob=0.0, layer_dropout_prob=0.0)  # on a CPU its seeds are drawn on the host
     trainer, train = trainer_and_data(cyclic_dataset, model, **tiny)
