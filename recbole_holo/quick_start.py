@@ -110,7 +110,8 @@ def _run(model, dataset, config_file_list, settings, saved, test, argv) -> dict[
         "test_result": test_result,
         "test_ranks": ranks,
     }
-    result["report"] = write_report(config, trainer.model, trainer, result, saved, _peak_memory(config))
+    order_of_time = train_data._dataset.order_of_time
+    result["report"] = write_report(config, trainer.model, trainer, result, saved, _peak_memory(config), order_of_time)
     return result
 
 

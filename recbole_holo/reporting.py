@@ -18,6 +18,7 @@ from torch import nn
 from recbole_holo import __version__
 from recbole_holo.bridge import checkpoint
 from recbole_holo.bridge.compat import installed_version
+from recbole_holo.data.order import OrderOfTime
 from recbole_holo.model.items import BoundItems
 from recbole_holo.ops import backend
 
@@ -56,7 +57,13 @@ def git_commit() -> str | None:
 
 
 def write_report(
-    config: Any, model: nn.Module, trainer: Any, result: dict[str, Any], saved: bool, peak_memory: int
+    config: Any,
+    model: nn.Module,
+    trainer: Any,
+    result: dict[str, Any],
+    saved: bool,
+    peak_memory: int,
+    order_of_time: OrderOfTime | None,
 ) -> dict[str, Any]:
     """Prints the table, writes ``<checkpoint>.json`` (process 0 only), and returns its content."""
     parameters, without_tables = count_parameters(model)
@@ -64,6 +71,7 @@ def write_report(
     report = {
         "model": config["model"],
         "dataset": config["dataset"],
+        "order_of_time": order_of_time and order_of_time._asdict(),
         "valid": result["best_valid_result"],
         "valid_scores": trainer.valid_scores,
         "test": result["test_result"],

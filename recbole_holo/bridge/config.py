@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import getLogger
@@ -17,11 +18,17 @@ from recbole.evaluator import metric_types
 from recbole.utils import ModelType
 
 from recbole_holo.bridge import registry, resources
-from recbole_holo.errors import ConfigError, nearest, nearest_names
+from recbole_holo.data.order import TIES, TIME_PRECISIONS
+from recbole_holo.errors import ConfigError, DataError, nearest, nearest_names
 from recbole_holo.ops.backend import BACKENDS
 
 # How this run is spread over processes; says nothing about the experiment.
 LAUNCH_KEYS = ("local_rank", "world_size", "nproc", "offset", "ip", "port", "config_files", "resume")
+
+# Names of a time column, in small letters and without what separates words.
+TIME_NAMES = frozenset(
+    {"time", "ts", "date", "datetime", "unixtime", "eventtime", "ratingtime", "reviewtime", "clicktime", "createdat"}
+)
 
 # Keys that RecBole or this package reads although no yaml file gives them a default.
 EXTRA_KEYS = frozenset(
@@ -172,6 +179,8 @@ class Config(RecBoleConfig):
         if sequential and final.get("loss_type") == "CE" and "train_neg_sample_args" not in self.external_config_dict:
             final["train_neg_sample_args"] = None  # RecBole's default stands in the way of its own CE models
         self._add_attribute_columns(final)
+        if sequential and "load_col" not in self.external_config_dict and not final.get("benchmark_filename"):
+            self._add_time_column(final)
         # What rebuilds this configuration wherever it is loaded, whatever the yaml files say by then.
         self.given = {key: value for key, value in final.items() if key not in ("MODEL_TYPE", *LAUNCH_KEYS)}
         return final
@@ -184,6 +193,41 @@ class Config(RecBoleConfig):
         elif names and isinstance(columns, dict) and columns.get("item") != "*":
             wanted = [final.get("ITEM_ID_FIELD"), *(columns.get("item") or []), *names]
             final["load_col"] = {**columns, "item": list(dict.fromkeys(wanted))}
+
+    def _add_time_column(self, final: dict[str, Any]) -> None:
+        """Completes a ``load_col`` that nobody gave: RecBole's own ends at user and item, and sequences need times."""
+        listed = (final.get("load_col") or {}).get("inter", "*")
+        if listed == "*" or final["TIME_FIELD"] in listed:
+            return
+        user, item = final["USER_ID_FIELD"], final["ITEM_ID_FIELD"]
+        file = Path(final["data_path"], self.dataset, f"{self.dataset}.inter")
+        if file.is_file():  # else it is downloaded first, and RecBole's downloads have the usual names
+            with open(file, encoding=final.get("encoding"), errors="replace") as lines:
+                header = lines.readline().rstrip("\n").split(final["field_separator"])
+            columns = [column.split(":")[0] for column in header]
+            for field, what in (("USER_ID_FIELD", "users"), ("ITEM_ID_FIELD", "items")):
+                if final[field] not in columns:
+                    raise DataError(
+                        f"{field}: {file} has no column {final[field]!r}; its columns are {', '.join(columns)}. Name "
+                        f"that of the {what}: {field}: <column>."
+                    )
+            final["TIME_FIELD"] = self._time_column(final["TIME_FIELD"], columns, file)
+        others = [column for column in listed if column not in ("user_id", "item_id")]
+        final["load_col"] = {**final["load_col"], "inter": [user, item, *others, final["TIME_FIELD"]]}
+
+    def _time_column(self, wanted: str, columns: list[str], file: Path) -> str:
+        if wanted in columns:
+            return wanted
+        like_it = [name for name in columns if _looks_like_a_time(name)]
+        if "TIME_FIELD" in self.external_config_dict or len(like_it) != 1:
+            several = f"several that look like a time ({', '.join(like_it)})" if like_it else "none that looks like one"
+            raise DataError(
+                f"TIME_FIELD: {file} has no column {wanted!r}, and {several}; its columns are {', '.join(columns)}. "
+                "Name that of the times, TIME_FIELD: <column>, and, where more than users, items and times are to be "
+                "read, all that are, load_col: {inter: [...]}."
+            )
+        getLogger().warning(f"TIME_FIELD: {file} has no column {wanted!r}; {like_it[0]!r} is read as the time")
+        return like_it[0]
 
     def _init_device(self) -> None:
         """As RecBole's, with gloo where there are no GPUs; the visible devices stay as the user set them."""
@@ -239,6 +283,9 @@ class Config(RecBoleConfig):
             raise ConfigError("backend", final["backend"], nearest(final["backend"], BACKENDS))
         if final.get("backend") == "cuda" and final["device"].type != "cuda":
             raise ConfigError("backend", "cuda", "no GPU can be used (use_gpu, gpu_id, python -m recbole_holo.doctor)")
+        for field, allowed in (("ties", TIES), ("time_precision", TIME_PRECISIONS)):
+            if final.get(field, allowed[0]) not in allowed:
+                raise ConfigError(field, final[field], nearest(final[field], allowed))
         for field, least in (("epochs", 0), ("train_batch_size", 1), ("eval_batch_size", 1), ("eval_step", 0)):
             if type(final[field]) is not int or final[field] < least:
                 raise ConfigError(field, final[field], f"use a whole number of at least {least}")
@@ -284,6 +331,11 @@ def resolve_config_file(name: str | os.PathLike[str]) -> Path:
     if str(name) in presets:
         return presets[str(name)]
     raise ConfigError("config_files", str(name), f"no such file or preset; {nearest(path.stem, presets)}")
+
+
+def _looks_like_a_time(column: str) -> bool:
+    name = re.sub(r"[\W_]", "", column).lower()
+    return name in TIME_NAMES or name.endswith("timestamp")
 
 
 def _literal(text: str) -> Any:

@@ -22,6 +22,7 @@ from recbole.utils.argument_list import dataset_arguments
 from recbole_holo.bridge import registry
 from recbole_holo.bridge.config import overridden
 from recbole_holo.data.batches import CandidateEvalLoader, SequenceEvalLoader, SequenceTrainLoader
+from recbole_holo.data.order import SETTINGS as ORDER_SETTINGS
 from recbole_holo.data.repairs import RepairedDataset
 from recbole_holo.data.sequences import PrefixDataset, SequenceDataset
 from recbole_holo.errors import ConfigError, DataError
@@ -61,7 +62,9 @@ def create_dataset(config) -> Any:
     if saved and os.path.exists(saved):
         with open(saved, "rb") as file:
             dataset = pickle.load(file)
-        if all(config[key] == dataset.config[key] for key in [*dataset_arguments, "seed", "repeatable"]):
+        if all(
+            config[key] == dataset.config[key] for key in [*dataset_arguments, *ORDER_SETTINGS, "seed", "repeatable"]
+        ):
             return dataset
     dataset = dataset_class(config)
     if config["save_dataset"]:
@@ -82,7 +85,7 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
     # RecBole would also unpickle a file of the right name that merely lies in checkpoint_dir.
     wanted = config["dataloaders_save_path"] or config["save_dataloaders"]
     saved = load_split_dataloaders(config) if wanted else None
-    if saved is not None:
+    if saved is not None and all(config[key] == saved[0]._dataset.config[key] for key in ORDER_SETTINGS):
         dataset._change_feat_format()
         return saved
 

@@ -18,6 +18,7 @@ from recbole.utils import ModelType
 from recbole.utils.enum_type import FeatureSource, FeatureType
 from recbole.utils.url import decide_download, download_url, extract_zip, rename_atomic_files
 
+from recbole_holo.data.order import OrderOfTime, are_numbers, id_ranks, tied_with_the_one_before, time_order
 from recbole_holo.errors import DataError, nearest_names
 
 
@@ -26,17 +27,27 @@ class RepairedDataset(Dataset):
 
     * **Time order.** RecBole turns timestamps into float32 before sorting; Unix seconds of today then have a grid of
       128 s, so that events less than two minutes apart keep the order of the file: histories are shuffled and the
-      "last" item is not the last. Here rows are sorted by float64 time first; RecBole's later sorts are stable.
+      "last" item is not the last. Here rows are sorted first, by float64 time (``time_precision: float32`` rounds as
+      RecBole does) and in ties as ``ties`` says; RecBole's later sorts are stable and change nothing. Sequences that
+      are split at one moment of time for all users are in exact order across users, too.
+    * **Repeated pairs.** With ``rm_dup_inter`` RecBole sorts by an unstable method before all else, so that ties are in
+      no order at all; here they keep that of the file.
     * **Pad row.** The pad item (and user) gets the column mean as its float attributes; here it gets zero.
     * **Dropped interactions.** Loading a ``.item`` or ``.user`` file silently drops interactions whose item or user it
       lacks; here the number is reported.
     * **Missing values** of float attributes become the mean and look like data; here ``missing_values`` remembers them.
     * **Errors** for absent files, columns and empty results say which, and what to do. A download that fails leaves
       nothing behind, and a single process can finish one (RecBole waits for a process group that does not exist).
+
+    Attributes:
+        order_of_time: of the events, once it is built; None where they are in no order of time.
+        tied: of sequences, which events have the time of the event before ``[n_events]``, bool.
     """
 
     inter_feat: Any
     missing_values: dict[str, np.ndarray]
+    order_of_time: OrderOfTime | None = None
+    tied: torch.Tensor | None = None
 
     # ------------------------------------------------------------------ loading
     def _load_data(self, token: str, dataset_path: str) -> None:
@@ -119,6 +130,14 @@ class RepairedDataset(Dataset):
                     )
         super()._filter_inter_by_user_or_item()
 
+    def _remove_duplication(self) -> None:
+        keep = self.config["rm_dup_inter"]
+        if keep is None or self.time_field not in self.inter_feat:
+            super()._remove_duplication()
+            return
+        self.inter_feat.sort_values(self.time_field, kind="stable", inplace=True)  # RecBole's is unstable
+        self.inter_feat.drop_duplicates([self.uid_field, self.iid_field], keep=keep, inplace=True)
+
     def _reset_index(self) -> None:
         if self.inter_feat.empty:
             filters = ("user_inter_num_interval", "item_inter_num_interval", "val_interval", "rm_dup_inter")
@@ -141,18 +160,64 @@ class RepairedDataset(Dataset):
         super()._fill_nan()
 
     def _change_feat_format(self) -> None:
-        if self.config["eval_args"]["order"] == "TO" and self.config["benchmark_filename"] is None:
-            if self.time_field not in self.inter_feat:
-                raise DataError(
-                    f"TIME_FIELD: {self.dataset_name}.inter was loaded without a column {self.time_field!r}; name the "
-                    f"time column (loaded: {', '.join(self.inter_feat)}) and list it in load_col."
-                )
-            by = [self.time_field]
-            if self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
-                by = [self.uid_field, self.time_field]
-            order = np.lexsort([self.inter_feat[field].to_numpy() for field in reversed(by)])  # stable, float64
-            self.inter_feat = self.inter_feat.iloc[order].reset_index(drop=True)
+        in_order = self.config["eval_args"]["order"] == "TO" and self.config["benchmark_filename"] is None
+        at_once = None if not in_order else self._put_in_order()
         super()._change_feat_format()
+        if at_once is not None:
+            self.inter_feat = self.inter_feat[at_once]
         for feat in (self.item_feat, self.user_feat):
             for values in feat.interaction.values() if isinstance(feat, Interaction) else ():
                 values[0] = 0
+
+    def _put_in_order(self) -> np.ndarray | None:
+        """Sorts the rows.
+
+        Returns:
+            For sequences that are split at one moment for all users, the order of the rows that RecBole makes of them
+            (one for every event but a user's first): that of time across users. Else None.
+        """
+        if self.time_field not in self.inter_feat:
+            raise DataError(
+                f"TIME_FIELD: {self.dataset_name}.inter was loaded without a column {self.time_field!r}; name the "
+                f"time column (loaded: {', '.join(self.inter_feat)}) and list it in load_col."
+            )
+        if self.field2type[self.time_field] is not FeatureType.FLOAT:
+            raise DataError(
+                f"TIME_FIELD: the column {self.time_field!r} of {self.dataset_name}.inter is of type "
+                f"{self.field2type[self.time_field].value}, which has no order; make it {self.time_field}:float."
+            )
+        # An older checkpoint's configuration has neither setting.
+        ties, precision = self.config["ties"] or "file", self.config["time_precision"] or "float64"
+        users = self.inter_feat[self.uid_field].to_numpy()
+        times = self.inter_feat[self.time_field].to_numpy().astype(precision)
+        sequential = self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        tie_break, order_of_ties = self._tie_break(ties)
+        order = time_order(times, tie_break, users if sequential else None)
+        self.inter_feat = self.inter_feat.iloc[order].reset_index(drop=True)
+
+        by_user = order if sequential else order[np.argsort(users[order], kind="stable")]
+        users, times = users[by_user], times[by_user]
+        tied, is_first = tied_with_the_one_before(users, times), np.r_[True, users[1:] != users[:-1]]
+        n_users, ending = int(is_first.sum()), int(tied[np.r_[is_first[1:], True]].sum())
+        self.order_of_time = OrderOfTime(ties, precision, int(tied.sum()), ending)
+        self.logger.info(
+            f"order of time: {tied.sum():,} of {len(tied):,} events have the time of their user's event before, and "
+            f"{ending:,} of {n_users:,} users end in such a tie. Ties are in {order_of_ties} "
+            f"(ties: {ties}), times in {precision} (time_precision)."
+        )
+        if not sequential:
+            return None
+        self.tied = torch.from_numpy(tied)
+        at_once = str(self.config["eval_args"]["group_by"]).lower() == "none"
+        return np.argsort(times[~is_first], kind="stable") if at_once else None
+
+    def _tie_break(self, ties: str) -> tuple[np.ndarray | None, str]:
+        """What orders the rows of equal times ``[n]``, None for the order they have; and the order in words."""
+        if ties == "random":
+            draws = np.random.default_rng(self.config["seed"]).random(len(self.inter_feat))
+            return draws, "an order drawn by the seed"
+        if ties == "item":
+            ids = self.field2id_token[self.iid_field][1:].tolist()
+            order = f"the order of item ids as {'numbers' if are_numbers(ids) else 'strings'}"
+            return id_ranks(ids)[self.inter_feat[self.iid_field].to_numpy() - 1], order
+        return None, "the file's order"
