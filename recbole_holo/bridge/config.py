@@ -286,12 +286,25 @@ class Config(RecBoleConfig):
         for field, allowed in (("ties", TIES), ("time_precision", TIME_PRECISIONS)):
             if final.get(field, allowed[0]) not in allowed:
                 raise ConfigError(field, final[field], nearest(final[field], allowed))
+        self._check_shuffle_ties(final)
         for field, least in (("epochs", 0), ("train_batch_size", 1), ("eval_batch_size", 1), ("eval_step", 0)):
             if type(final[field]) is not int or final[field] < least:
                 raise ConfigError(field, final[field], f"use a whole number of at least {least}")
         for field in ("learning_rate",):
             if not isinstance(final[field], (int, float)) or not final[field] > 0:
                 raise ConfigError(field, final[field], "use a number above 0")
+
+    def _check_shuffle_ties(self, final: Mapping[str, Any]) -> None:
+        shuffles = final.get("shuffle_ties", False)
+        if not isinstance(shuffles, bool):
+            raise ConfigError("shuffle_ties", shuffles, "use True or False")
+        if not shuffles:
+            return
+        if not registry.is_ours(self.model) or final["train_on"] != "sequences":
+            remedy = "it is for whole sequences: use a model of this package with train_on: sequences, or False"
+            raise ConfigError("shuffle_ties", True, remedy)
+        if final.get("benchmark_filename"):
+            raise ConfigError("shuffle_ties", True, "the rows of benchmark_filename are in no order of time: use False")
 
     def known_keys(self) -> set[str]:
         """All keys that mean something for this model and data set."""

@@ -11,6 +11,7 @@ batches are shuffled again: a batch holds rows of nearly one length, and pads ar
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from recbole.data.interaction import Interaction
 from torch import Tensor
 
 from recbole_holo.data import TARGETS_SUFFIX
-from recbole_holo.data.histories import EventBatch, Histories
+from recbole_holo.data.histories import EventBatch, Events, Histories
 from recbole_holo.data.sequences import HISTORY_START, SequenceDataset
 from recbole_holo.errors import ConfigError
 from recbole_holo.training import distributed
@@ -90,6 +91,13 @@ class DeviceRows:
         self.events = dataset.events.to(device)
         self.following = None if dataset.following is None else dataset.following.to(device)
 
+    def with_events(self, events: Events, following: Tensor) -> DeviceRows:
+        """The same rows of other events."""
+        other = copy(self)
+        device = self.events.items.device
+        other.events, other.following = events.to(device), following.to(device)
+        return other
+
     def gather(self, numbers: Tensor, width: int) -> EventBatch:
         """The batch of the rows ``numbers [B]``, padded to ``width``."""
         rows = Interaction({name: values[numbers] for name, values in self.columns.items()})
@@ -102,8 +110,10 @@ class SequenceTrainLoader(TrainDataLoader):
     """Batches of windows, see the head of this module, as :class:`SequenceBatch`.
 
     Settings: ``train_batch_size`` (windows a batch) or ``train_batch_tokens`` (positions a batch, pads included: long
-    windows then come a few at a time and short ones many), ``shuffle``, ``pad_to``. What is drawn comes from
-    ``generator``, two draws at the start of an epoch, so its state is all that resuming needs.
+    windows then come a few at a time and short ones many), ``shuffle``, ``pad_to``, ``shuffle_ties`` (items of equal
+    times in a new order in every epoch, see :meth:`~recbole_holo.data.sequences.SequenceDataset.with_ties_shuffled`).
+    What is drawn comes from ``generator`` at the start of an epoch, two draws for the plan, then one for the ties, so
+    its state is all that resuming needs.
 
     **Weights.** Rows of one length come together, so the number of targets varies from batch to batch; were each
     batch's mean loss to count alike, a target of a user with a short history would count many times as much as one of a
@@ -143,7 +153,8 @@ class SequenceTrainLoader(TrainDataLoader):
 
     def __iter__(self) -> Iterator[SequenceBatch]:
         self._plan = self._draw(self.generator if self.shuffle else None)
-        return self._batches(self._plan)
+        shuffled = self._dataset.with_ties_shuffled(self.generator) if self.config["shuffle_ties"] else None
+        return self._batches(self._plan, shuffled)
 
     def _draw(self, generator: torch.Generator | None) -> Plan:
         tokens = self.config["train_batch_tokens"]
@@ -158,16 +169,17 @@ class SequenceTrainLoader(TrainDataLoader):
             return most
         return min(-(-longest // self.round_width_to) * self.round_width_to, most)
 
-    def _batches(self, plan: Plan) -> Iterator[SequenceBatch]:
+    def _batches(self, plan: Plan, shuffled: tuple[Events, Tensor] | None) -> Iterator[SequenceBatch]:
         if self._on_device is None:
             self._on_device = DeviceRows(self._dataset, self.config["device"])
+        on_device = self._on_device if shuffled is None else self._on_device.with_events(*shuffled)
         numbers = torch.from_numpy(plan.rows).to(self.config["device"])
         rank, size = distributed.world()
         targets_per_batch = self._targets.sum() / len(plan.bounds)
         for first, end in plan.bounds.tolist():
             share = slice(min(first + rank, end - 1), end, size)
             rows = plan.rows[share]
-            batch = self._on_device.gather(numbers[share], self._width(int(self._lengths[rows].max())))
+            batch = on_device.gather(numbers[share], self._width(int(self._lengths[rows].max())))
             n_targets = int(self._targets[rows].sum())
             if first + rank >= end:
                 targets = self._dataset.iid_field + TARGETS_SUFFIX

@@ -116,6 +116,9 @@ class SequenceDataset(PrefixDataset):
 
     Nothing of the *target's* attributes is joined into a batch: they would tell the model what to predict.
 
+    ``shuffle_ties``: the order of a user's events with equal times is arbitrary, so training may see another one in
+    every epoch (:meth:`with_ties_shuffled`).
+
     Attributes:
         item_attributes: the fields of ``item_attributes:`` by name; see :class:`ItemAttribute`.
         following: of every event, the item of the next where that is a training target, else 0 ``[n_events]``; in the
@@ -220,6 +223,41 @@ class SequenceDataset(PrefixDataset):
         end = (rows[HISTORY_START] + rows[self.item_list_length_field]).numpy()
         return before[end] - before[rows[TARGETS_FROM].numpy() - 1]
 
+    def with_ties_shuffled(self, generator: torch.Generator) -> tuple[Events, Tensor]:
+        """The events, and :attr:`following`, with the items of training targets of one user and time in a new order.
+
+        Items move and places stay: which events are targets, and when each was, is as before. What is no training
+        target does not move, a user's first event among it; so the targets remain the same, and nothing of a tie that
+        goes on into validation or test gets into training. Sorts the tied targets, n log n of their number.
+
+        Args:
+            generator: drawn from once.
+        """
+        assert self.following is not None
+        events, tie = self._tied_targets
+        draw = torch.randint(1 << 32, tie.shape, generator=generator)
+        drawn = events[((tie << 32) + draw).sort(stable=True).indices]
+        items = self.events.items.clone()
+        items[events] = items[drawn]
+        following = items.roll(-1).masked_fill_(self.following == 0, 0)
+        return Events(items, self.events.first, self.events.n_items), following
+
+    @cached_property
+    def _tied_targets(self) -> tuple[Tensor, Tensor]:
+        """The training targets that share their time with the training target before or after: their event numbers,
+        ascending, and the number of the tie of each ``[M]``."""
+        assert self.tied is not None
+        is_target = self._is_target
+        joins = self.tied & is_target & is_target.roll(1)
+        events = (joins | joins.roll(-1)).nonzero()[:, 0]
+        return events, (~joins[events]).cumsum(0)
+
+    @property
+    def _is_target(self) -> Tensor:
+        """Which events are training targets ``[n_events]``, bool; the first of all events is none."""
+        assert self.following is not None
+        return (self.following > 0).roll(1)
+
     def join(self, df: Interaction) -> Interaction:
         return df
 
@@ -227,10 +265,9 @@ class SequenceDataset(PrefixDataset):
         if self.following is None:
             return super().inter_matrix(form, value_field)
         # The first event of a user is no target, but it is known: the inputs and targets of the split together.
-        precedes = self.following > 0
+        precedes, is_target = self.following > 0, self._is_target
         users = self._events[self.uid_field]
         first = torch.cat([torch.ones(1, dtype=torch.bool), users[1:] != users[:-1]])
-        is_target = torch.cat([torch.zeros(1, dtype=torch.bool), precedes[:-1]])
         known = is_target | (first & precedes)
         events = Interaction({field: values[known] for field, values in self._events.interaction.items()})
         return self._create_sparse_matrix(events, self.uid_field, self.iid_field, form, value_field)
