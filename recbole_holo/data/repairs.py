@@ -48,6 +48,7 @@ class RepairedDataset(Dataset):
     missing_values: dict[str, np.ndarray]
     order_of_time: OrderOfTime | None = None
     tied: torch.Tensor | None = None
+    _times: np.ndarray  # of the rows as they were loaded, float64
 
     # ------------------------------------------------------------------ loading
     def _load_data(self, token: str, dataset_path: str) -> None:
@@ -159,6 +160,11 @@ class RepairedDataset(Dataset):
         }
         super()._fill_nan()
 
+    def _discretization(self) -> None:
+        if self.time_field in self.inter_feat:
+            self._times = self.inter_feat[self.time_field].to_numpy()  # before numerical_features make pairs of them
+        super()._discretization()
+
     def _change_feat_format(self) -> None:
         in_order = self.config["eval_args"]["order"] == "TO" and self.config["benchmark_filename"] is None
         at_once = None if not in_order else self._put_in_order()
@@ -189,7 +195,7 @@ class RepairedDataset(Dataset):
         # An older checkpoint's configuration has neither setting.
         ties, precision = self.config["ties"] or "file", self.config["time_precision"] or "float64"
         users = self.inter_feat[self.uid_field].to_numpy()
-        times = self.inter_feat[self.time_field].to_numpy().astype(precision)
+        times = self._times.astype(precision)
         sequential = self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
         tie_break, order_of_ties = self._tie_break(ties)
         order = time_order(times, tie_break, users if sequential else None)

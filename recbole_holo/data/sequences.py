@@ -206,7 +206,7 @@ class SequenceDataset(PrefixDataset):
             following: of every event the next one's item, 0 where that is no training target; None for histories.
         """
         events, valid = history_events(rows[HISTORY_START], rows[self.item_list_length_field], width)
-        rows[self.item_id_list_field] = padded(items, events, valid)
+        rows[getattr(self, f"{self.iid_field}_list_field")] = padded(items, events, valid)
         if following is not None:
             owned = valid & (events >= rows[TARGETS_FROM].unsqueeze(-1) - 1)
             rows[self.iid_field + TARGETS_SUFFIX] = padded(following, events, owned)

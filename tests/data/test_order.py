@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from recbole.config import Config as RecBoleConfig
 from recbole.data import create_dataset as recbole_create_dataset
 
@@ -22,7 +21,7 @@ from recbole_holo.cli import main
 from recbole_holo.data.loader import create_dataset, data_preparation
 from recbole_holo.data.order import id_ranks
 from recbole_holo.errors import ConfigError, DataError
-from recbole_holo.quick_start import run
+from recbole_holo.quick_start import load_data_and_model, run
 
 Row = tuple[str, str, str]  # user, item, time, as in the file
 LOAD = {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}}
@@ -342,19 +341,26 @@ def test_columns_that_were_given_are_left_alone(write_dataset: Callable[..., str
     assert Config("BPR", name)["load_col"] == {"inter": ["user_id", "item_id"]}  # in no order of time
 
 
+@pytest.mark.parametrize("discretization", [None, {"timestamp": {"method": "LD"}}])
+def test_a_time_that_is_read_as_a_number_too(discretization: Any, write_dataset: Callable[..., str]) -> None:
+    rows = made("coarse")
+    settings = {"numerical_features": ["timestamp"], "discretization": discretization}
+    assert sequences("SASRec", write_dataset(rows), ties="item", **settings) == expected(rows, "item")
+
+
 @pytest.mark.parametrize("model", ["RecMamba", "GRU4Rec"])
+@pytest.mark.parametrize("ids", [("user_id", "item_id"), ("customer", "article")])
 def test_the_command_on_a_new_data_set(
-    model: str, write_dataset: Callable[..., str], capsys: pytest.CaptureFixture[str]
+    ids: tuple[str, str], model: str, write_dataset: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [(f"u{u}", f"i{(u + t) % 9}", str(1_700_000_000 + 60 * t)) for u in range(12) for t in range(7)]
-    name = write_dataset(rows, "new", header="user_id:token\titem_id:token\ttime:float")
-    small = ["--epochs=1", "--topk=[3]", "--valid_metric=NDCG@3", "--hidden_size=8", "--embedding_size=8"]
+    name = write_dataset(rows, "new", header="{}:token\t{}:token\ttime:float".format(*ids))
+    named = [f"--USER_ID_FIELD={ids[0]}", f"--ITEM_ID_FIELD={ids[1]}"] if ids[0] != "user_id" else []
+    small = [*named, "--epochs=1", "--topk=[3]", "--valid_metric=NDCG@3", "--hidden_size=8", "--embedding_size=8"]
     assert not main([f"--model={model}", f"--dataset={name}", *small])
     said = capsys.readouterr()
     assert "checkpoint: " in said.out
     model_file = next(line for line in said.out.splitlines() if line.startswith("checkpoint: ")).split()[1]
-    from recbole_holo.quick_start import load_data_and_model
-
-    config, *_ = load_data_and_model(model_file)
+    config, _, data, *_ = load_data_and_model(model_file)
     assert config["TIME_FIELD"] == "time"
-    assert torch.is_tensor(load_data_and_model(model_file)[2].tied)
+    assert data.order_of_time == ("file", "float64", 0, 0)
