@@ -59,6 +59,11 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
     sparse (in training mode, for a lookup of any table of n_items rows and for the loss), so that a step costs what
     the items of its batch cost; an optimizer must know what to do with them (:mod:`recbole_holo.training.sparse`).
 
+    **Item bias.** ``item_bias`` adds a learned number an item to its scores, ``s = query · item + b``, wherever there
+    are scores; where the loss divides these by a temperature it divides b, too. It starts at 0, is not decayed, and
+    stays 0 for the pad and, with ``cold_items: attributes``, for items without a part in training. Its gradient is
+    dense, whatever ``sparse_embedding`` says.
+
     **Attributes.** A model that makes its items by :meth:`make_items` and reads them by :meth:`embed_items` has, where
     the setting ``binding`` says so, items bound with their attributes
     (:class:`~recbole_holo.layers.holographic.AttributeBinding`). In evaluation the bound vectors of all items are one
@@ -68,12 +73,12 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
     never occur in training have no vector of their own, and no part in the loss.
 
     Config keys: ``loss_type`` (CE | BPR | BCE | InfoNCE | SampledCE), ``similarity`` (dot | cosine), ``temperature``
-    (float), ``learn_temperature`` (bool), ``seen_items`` (kept | excluded), ``sparse_embedding`` (bool); of InfoNCE
-    and SampledCE: ``num_negatives`` (int), ``negative_distribution`` (uniform | popularity | in_batch | mixed),
-    ``popularity_exponent`` (float), ``logq_correction`` (bool, ~ = True for SampledCE and False for InfoNCE). Of
-    attributes: ``binding`` (~ | item | role | both | triple | add | concat), ``binding_algebra`` (none | unitary),
-    ``binding_scale`` (ortho | none | ~), ``binding_alpha`` (float), ``bind_output`` (bool | added), ``cold_items``
-    (train | attributes), ``attribute_values`` (mean | first), ``attribute_floats`` (quantile | learned),
+    (float), ``learn_temperature`` (bool), ``item_bias`` (bool), ``seen_items`` (kept | excluded), ``sparse_embedding``
+    (bool); of InfoNCE and SampledCE: ``num_negatives`` (int), ``negative_distribution`` (uniform | popularity |
+    in_batch | mixed), ``popularity_exponent`` (float), ``logq_correction`` (bool, ~ = True for SampledCE and False for
+    InfoNCE). Of attributes: ``binding`` (~ | item | role | both | triple | add | concat), ``binding_algebra`` (none |
+    unitary), ``binding_scale`` (ortho | none | ~), ``binding_alpha`` (float), ``bind_output`` (bool | added),
+    ``cold_items`` (train | attributes), ``attribute_values`` (mean | first), ``attribute_floats`` (quantile | learned),
     ``attribute_range`` (float), ``attribute_size`` (int).
     """
 
@@ -81,7 +86,6 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
     carries_state = False  # whether hidden_states takes what is carried from one part of a sequence to the next
     binds_attributes = False  # whether it reads item attributes where the setting ``binding`` says how
     bundles_events = False  # whether it knows the setting ``bundle_size``
-    item_bias: Tensor | None = None
 
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
@@ -96,8 +100,15 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         log_temperature = torch.tensor(temperature).log()
         if config["learn_temperature"]:
             self.log_temperature = nn.Parameter(log_temperature)
+            self.log_temperature._no_weight_decay = True  # type: ignore[attr-defined]
         else:
             self.register_buffer("log_temperature", log_temperature, persistent=False)
+        self.item_bias: nn.Parameter | None = None
+        if config["item_bias"] not in (None, False, True):
+            raise ConfigError("item_bias", config["item_bias"], "use True or False")
+        if config["item_bias"]:
+            self.item_bias = nn.Parameter(torch.zeros(self.n_items))
+            self.item_bias._no_weight_decay = True  # type: ignore[attr-defined]
         self.served = None
         self.find_trained_items(config, dataset)
         self.negative_sampler = (
@@ -249,21 +260,22 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
             seen: what the user of each position had seen, in the same order; it is left out of what the target is
                 compared with. None: nothing is left out.
         """
-        temperature, bias, known = self.log_temperature.exp(), self.item_bias, self.trained_items
+        temperature, known = self.log_temperature.exp(), self.trained_items
+        bias: Tensor | None = self.item_bias
         n_items = self.n_items
         if known is not None:  # nobody knows the others yet
             n_items, targets = len(known), self.trained_number[targets]
             bias = None if bias is None else bias[known]
         if targets.numel() == 0:  # with a gradient of the table, so that processes agree on what they average
             return (hidden.sum() + self.item_rows(targets).sum()) * 0.0
-        query = self._query(hidden) / temperature
+        query, scaled_bias = self._query(hidden) / temperature, None if bias is None else bias / temperature
         if self.loss_type == "CE":
             # The pad is never a target; as a rival it would train its row away from zero.
             ranges = None if seen is None else seen.ranges()
             if ranges is not None and known is not None:
                 ranges = ranges._replace(items=self.trained_number[ranges.items])
             table = self._table(self._trained_vectors())
-            return cross_entropy(query, targets, table, bias, exclude_pad=True, seen=ranges)
+            return cross_entropy(query, targets, table, scaled_bias, exclude_pad=True, seen=ranges)
         vectors, sparse = self._sampled_from(len(targets))
         if self.negative_sampler is not None:
             negatives, log_counts = self.negative_sampler(targets)
@@ -273,7 +285,7 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
             )
         pairwise = losses.bpr if self.loss_type == "BPR" else losses.bce
         negatives, left_out = self._unseen_negatives(targets, n_items, seen)
-        return pairwise(query, targets, negatives, vectors, bias, self.cosine, sparse, left_out)
+        return pairwise(query, targets, negatives, vectors, scaled_bias, self.cosine, sparse, left_out)
 
     def _unseen_negatives(self, targets: Tensor, n_items: int, seen: Seen | None) -> tuple[Tensor, Tensor | None]:
         """One negative a position, numbered as in the loss ``[M]``, and which of them were seen after all: where a

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from recbole_holo.errors import ConfigError
 from recbole_holo.layers import Dropout, Mamba
 from recbole_holo.layers.carried import Carried, through
-from recbole_holo.layers.feed_forward import FeedForward
+from recbole_holo.layers.feed_forward import FeedForward, SwiGLU, gated_width
 from recbole_holo.layers.prenorm import prenorm
 from recbole_holo.model.settings import one_of, positive_int, positive_number, probability
 from recbole_holo.model.state_space import StateSpaceRecommender
@@ -19,6 +19,7 @@ from recbole_holo.model.state_space import StateSpaceRecommender
 NORMS = ("none", "pre", "post")
 POSITIONS = ("none", "learned")
 EMBEDDING_INITS = ("normal", "xavier")
+ACTIVATIONS = ("gelu", "swiglu")
 
 
 class RecMamba(StateSpaceRecommender):
@@ -34,7 +35,8 @@ class RecMamba(StateSpaceRecommender):
     the table all have its last position, which no training has shown the model: leave positions out of what is stepped.
 
     Config keys: ``hidden_size``, ``num_layers``, ``d_state``, ``d_conv``, ``expand``, ``ssm_init``, ``residual``,
-    ``norm`` (none | pre | post), ``ffn``, ``inner_size`` (~ = 4·hidden_size), ``position_embedding`` (none | learned),
+    ``norm`` (none | pre | post), ``ffn``, ``inner_size`` (~ = 4·hidden_size), ``hidden_act`` (gelu | swiglu: gated, as
+    many parameters by :func:`~recbole_holo.layers.feed_forward.gated_width`), ``position_embedding`` (none | learned),
     ``scale_embedding``, ``embedding_init`` (normal | xavier), ``initializer_range`` (normal), ``dropout_prob``,
     ``layer_dropout_prob``.
     """
@@ -102,7 +104,10 @@ class RecMambaLayer(nn.Module):
         )
         self.mamba_norm = nn.Identity() if self.norm_place == "none" else nn.LayerNorm(d)
         self.dropout = Dropout(dropout)
-        self.ffn = FeedForward(d, inner, dropout) if config["ffn"] else None
+        gated = one_of("hidden_act", config["hidden_act"] or "gelu", ACTIVATIONS) == "swiglu"
+        self.ffn: nn.Module | None = None
+        if config["ffn"]:
+            self.ffn = SwiGLU(d, gated_width(inner), dropout, dropout) if gated else FeedForward(d, inner, dropout)
         self.ffn_norm = nn.LayerNorm(d) if config["ffn"] and self.norm_place != "none" else nn.Identity()
 
     def forward(self, h: Tensor, carried: Carried | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from recbole_holo.errors import ConfigError
 from recbole_holo.layers import Dropout
+from recbole_holo.layers.feed_forward import SwiGLU, gated_width
 from recbole_holo.model.base import SequenceRecommender
 from recbole_holo.model.settings import one_of, positive_int, positive_number, probability
 from recbole_holo.ops.feed_forward import FeedForwardWeights, feed_forward
@@ -43,9 +44,9 @@ class SequenceSASRec(SequenceRecommender):
     form here. On a CPU the fused kernel takes no dropout: ``attn_dropout_prob`` above 0 trains on the plain form there.
 
     Config keys: ``n_layers``, ``n_heads``, ``hidden_size``, ``inner_size``, ``hidden_dropout_prob``,
-    ``attn_dropout_prob``, ``hidden_act`` (gelu | relu | swish | tanh | sigmoid), ``layer_norm_eps``,
-    ``initializer_range``, ``norm`` (post | pre). ``MAX_ITEM_LIST_LENGTH`` positions are learned; a longer sequence is
-    an error.
+    ``attn_dropout_prob``, ``hidden_act`` (gelu | relu | swish | tanh | sigmoid | swiglu: gated, without biases, as many
+    parameters by :func:`~recbole_holo.layers.feed_forward.gated_width`), ``layer_norm_eps``, ``initializer_range``,
+    ``norm`` (post | pre). ``MAX_ITEM_LIST_LENGTH`` positions are learned; a longer sequence is an error.
     """
 
     binds_attributes = True
@@ -68,7 +69,8 @@ class SequenceSASRec(SequenceRecommender):
         for module in self.trm_encoder.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=std)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         self._set_attention(config)
 
     def _set_attention(self, config) -> None:
@@ -148,15 +150,21 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """post: ``LayerNorm(h + Dropout(W_2 act(W_1 h)))``; pre: ``h + Dropout(W_2 act(W_1 LayerNorm(h)))``."""
+    """post: ``LayerNorm(h + Dropout(W_2 act(W_1 h)))``; pre: ``h + Dropout(W_2 act(W_1 LayerNorm(h)))``.
+
+    ``hidden_act: swiglu`` has a :class:`~recbole_holo.layers.feed_forward.SwiGLU` in the place of ``W_2 act(W_1 ·)``.
+    """
 
     def __init__(self, config) -> None:
         super().__init__()
         d, inner = config["hidden_size"], positive_int("inner_size", config["inner_size"])
         self.pre = config["norm"] == "pre"
-        self.hidden_act = one_of("hidden_act", config["hidden_act"], tuple(ACTIVATIONS))
-        self.dense_1 = nn.Linear(d, inner)
-        self.dense_2 = nn.Linear(inner, d)
+        self.hidden_act = one_of("hidden_act", config["hidden_act"], (*ACTIVATIONS, "swiglu"))
+        if self.hidden_act == "swiglu":
+            self.gated = SwiGLU(d, gated_width(inner))
+        else:
+            self.dense_1 = nn.Linear(d, inner)
+            self.dense_2 = nn.Linear(inner, d)
         self.LayerNorm = nn.LayerNorm(d, eps=config["layer_norm_eps"])
         self.dropout = Dropout(config["hidden_dropout_prob"])
 
@@ -167,6 +175,8 @@ class FeedForward(nn.Module):
         return h if self.pre else self.LayerNorm(h)
 
     def _inside(self, x: Tensor) -> Tensor:
+        if self.hidden_act == "swiglu":
+            return self.gated(x)
         up, down = self.dense_1, self.dense_2
         if self.hidden_act == "gelu":
             return feed_forward(x, FeedForwardWeights(up.weight, up.bias, down.weight, down.bias))
