@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from recbole_holo.bridge.checkpoint import CheckpointError
 from recbole_holo.errors import ConfigError, DataError, MissingExtra, NonFiniteLoss
+from recbole_holo.openmp import set_waiting
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,6 +41,9 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 2 for input that cannot be used or a loss that diverged, else 0."""
     args, settings = parser().parse_known_args(argv)
+    set_waiting()  # before anything that loads PyTorch
+    from recbole_holo.bridge.checkpoint import CheckpointError
+
     files = args.config_files.split()
     try:
         if args.search_space:

@@ -26,6 +26,7 @@ from recbole_holo.errors import ConfigError, NonFiniteLoss
 from recbole_holo.model.base import SequenceRecommender
 from recbole_holo.model.state_space import StateSpaceRecommender
 from recbole_holo.training import distributed
+from recbole_holo.training.contention import Contention
 from recbole_holo.training.evaluation import ArrayCollector, ArrayEvaluator
 from recbole_holo.training.graphs import EncoderGraphs, width_multiple
 from recbole_holo.training.schedule import LearningRate, WeightAverage
@@ -225,7 +226,8 @@ class HoloTrainer(SafeCheckpoints, Trainer):
       weights themselves, which a checkpoint holds, too; graphs of small batches (``cuda_graphs``);
     * a loss that is not finite stops training with the step and the last good checkpoint: at once on a CPU, at the end
       of the epoch on CUDA, where looking means waiting;
-    * over several processes, gradients are those of the whole batch in one process.
+    * over several processes, gradients are those of the whole batch in one process;
+    * once a run it says that training waits for cores which other processes use, and what helps.
 
     ``enable_amp: True`` is bfloat16 autocast, which needs no scaling; with ``enable_scaler: True`` it is float16.
     """
@@ -240,6 +242,7 @@ class HoloTrainer(SafeCheckpoints, Trainer):
         self.epoch_seconds: list[float] = []
         distributed.broadcast_parameters(self.model)
         self.graphs = EncoderGraphs.from_config(config, self.model)
+        self.contention = Contention(self.logger.warning)
         self.eval_collector = ArrayCollector(config)
         self.evaluator = ArrayEvaluator(config)
 
@@ -302,6 +305,7 @@ class HoloTrainer(SafeCheckpoints, Trainer):
             disable=not show_progress,
         )
         losses = torch.zeros(0, 1)  # of every step, on the device
+        self.contention.begin()
         with self.graphs.replaying() if self.graphs is not None else nullcontext():
             for step, interaction in enumerate(shown):
                 if isinstance(self.model, StateSpaceRecommender):
@@ -313,8 +317,10 @@ class HoloTrainer(SafeCheckpoints, Trainer):
                 if step == 0:  # in one piece: small tensors that outlive their step would tear the heap into pieces
                     losses = found.new_zeros(steps, len(found))
                 losses[step] = found
+                self.contention.step()
                 if not self._looks_finite(found):
                     break
+        self.contention.end()
         losses = losses.double().cpu()
         broken = ~torch.isfinite(losses).all(1)
         if broken.any():
