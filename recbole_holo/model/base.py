@@ -20,6 +20,7 @@ from recbole_holo.model.items import BoundItems
 from recbole_holo.model.negatives import DISTRIBUTIONS, NegativeSampler, target_counts
 from recbole_holo.model.settings import one_of, positive_int
 from recbole_holo.ops import cross_entropy, losses
+from recbole_holo.ops.rows import select_rows
 
 LOSSES = ("CE", "BPR", "BCE", "InfoNCE", "SampledCE")
 SIMILARITIES = ("dot", "cosine")
@@ -103,6 +104,7 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
             self.log_temperature._no_weight_decay = True  # type: ignore[attr-defined]
         else:
             self.register_buffer("log_temperature", log_temperature, persistent=False)
+        self.tempered = bool(config["learn_temperature"]) or temperature != 1
         self.item_bias: nn.Parameter | None = None
         if config["item_bias"] not in (None, False, True):
             raise ConfigError("item_bias", config["item_bias"], "use True or False")
@@ -181,7 +183,7 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
                 where = torch.arange(n_targets, device=targets.device)
                 return self.loss(hidden.flatten(0, 1), targets, self._seen(interaction, where))
             where = positions_of(targets > 0, n_targets)
-            states = hidden.flatten(0, 1).index_select(0, where) if layout is None else layout.select(hidden, where)
+            states = select_rows(hidden.flatten(0, 1), where) if layout is None else layout.select(hidden, where)
             return self.loss(states, targets.index_select(0, where), self._seen(interaction, where))
         # Prefixes have all lengths, and a pad costs as much as an item: the loss of the rows, in order of length.
         lengths, order = interaction[self.ITEM_SEQ_LEN].sort()
@@ -217,7 +219,7 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
                 where = positions_of(wanted.flatten() > 0, count)
                 row, step = where // items.shape[1], where % items.shape[1]
                 seen = self._seen(interaction, row * width + carried.position + step)
-                states, targets = hidden.flatten(0, 1).index_select(0, where), wanted.flatten().index_select(0, where)
+                states, targets = select_rows(hidden.flatten(0, 1), where), wanted.flatten().index_select(0, where)
                 yield self.loss(states, targets, seen) * (count / sum(counts))
             carried.position += items.shape[1]
 
@@ -268,7 +270,9 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
             bias = None if bias is None else bias[known]
         if targets.numel() == 0:  # with a gradient of the table, so that processes agree on what they average
             return (hidden.sum() + self.item_rows(targets).sum()) * 0.0
-        query, scaled_bias = self._query(hidden) / temperature, None if bias is None else bias / temperature
+        query, scaled_bias = self._query(hidden), bias
+        if self.tempered:
+            query, scaled_bias = query / temperature, None if bias is None else bias / temperature
         if self.loss_type == "CE":
             # The pad is never a target; as a rival it would train its row away from zero.
             ranges = None if seen is None else seen.ranges()

@@ -32,6 +32,8 @@ from recbole_holo.training.graphs import EncoderGraphs, width_multiple
 from recbole_holo.training.schedule import LearningRate, WeightAverage
 from recbole_holo.training.sparse import clip_grad_norm_, lazy_optimizer
 
+FEW_PARAMETERS = 2**20  # one thread updates them in some milliseconds
+
 
 class SafeCheckpoints(Trainer):
     """Mixed in before one of RecBole's trainers.
@@ -243,6 +245,7 @@ class HoloTrainer(SafeCheckpoints, Trainer):
         distributed.broadcast_parameters(self.model)
         self.graphs = EncoderGraphs.from_config(config, self.model)
         self.contention = Contention(self.logger.warning)
+        self.few_parameters = sum(p.numel() for p in model.parameters()) <= FEW_PARAMETERS
         self.eval_collector = ArrayCollector(config)
         self.evaluator = ArrayEvaluator(config)
 
@@ -359,11 +362,28 @@ class HoloTrainer(SafeCheckpoints, Trainer):
         if self.clip_grad_norm:
             scaler.unscale_(self.optimizer)
             clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
-        scaler.step(self.optimizer)
-        scaler.update()
-        if self.average is not None:
-            self.average.update()
+        with self._threads_of_an_update():
+            scaler.step(self.optimizer)
+            scaler.update()
+            if self.average is not None:
+                self.average.update()
         return values
+
+    @contextmanager
+    def _threads_of_an_update(self) -> Iterator[None]:
+        """One where parameters are few: PyTorch's optimizers start and join the threads for each parameter.
+
+        Updates are element by element, so that values are the same.
+        """
+        threads = torch.get_num_threads()
+        alone = self.device.type == "cpu" and self.few_parameters
+        if alone:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            if alone:
+                torch.set_num_threads(threads)
 
     def _looks_finite(self, losses: Tensor) -> bool:
         """On a CPU, whether they are finite; on CUDA, where looking means waiting, True until the epoch ends."""

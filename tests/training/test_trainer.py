@@ -128,6 +128,37 @@ def test_learners_keep_recboles_meaning(learner: str, cyclic_dataset: str, tiny:
         torch.testing.assert_close(p, other, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("learner", ["adam", "adamw", "sgd"])
+def test_one_thread_updates_to_the_bit_as_several(
+    learner: str, cyclic_dataset: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, train_data = trainer_and_data(cyclic_dataset, **{**tiny, "learner": learner})
+    assert trainer.few_parameters
+    batches = list(train_data)  # in one order
+    threads, updates = [], trainer.optimizer.step
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: (threads.append(torch.get_num_threads()), updates())[1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = []
+        for few in (True, False):
+            trainer.few_parameters = few
+            trainer.model.load_state_dict(found[0][0] if found else trainer.model.state_dict())
+            trainer.optimizer.state.clear()
+            start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+            torch.manual_seed(0)
+            for batch in batches:
+                trainer._step(batch, trainer.model.calculate_loss, torch.amp.GradScaler("cpu", enabled=False))
+            assert torch.get_num_threads() == 2
+            found.append((start, {name: value.clone() for name, value in trainer.model.state_dict().items()}))
+    finally:
+        torch.set_num_threads(before)
+    assert set(threads[: len(threads) // 2]) == {1}
+    assert set(threads[len(threads) // 2 :]) == {2}
+    assert any(not torch.equal(found[0][0][name], value) for name, value in found[0][1].items())
+    assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
+
+
 def test_recboles_models_keep_recboles_optimizer(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
     config = Config("GRU4Rec", cyclic_dataset, config_dict={**tiny, "learner": "adam"})
     train, _, _ = data_preparation(config, create_dataset(config))

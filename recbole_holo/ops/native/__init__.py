@@ -15,7 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -71,8 +71,9 @@ def problem() -> str:
     return ""
 
 
-def build() -> Path:
-    """The shared library for these sources, this compiler and this processor, compiled if the cache lacks it."""
+def build(sources: Sequence[Path] | None = None, name: str = "kernels") -> Path:
+    """The shared library of the kernels, or of other ``sources`` that include their headers, for this compiler and this
+    processor, compiled if the cache lacks it."""
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
@@ -84,17 +85,18 @@ def build() -> Path:
     ]
     folder = Path(__file__).parent
     key = hashlib.sha256("\0".join([compiler, version, _processor(), str(attempts)]).encode())
-    for source in sorted(folder.glob("*.[ch]*")):
+    sources = [folder / source for source in SOURCES] if sources is None else sources
+    for source in sorted({*sources, *folder.glob("*.[ch]*")}):
         key.update(source.read_bytes())
     for cache_folder in _cache_folders():
-        target = cache_folder / f"kernels-{key.hexdigest()[:20]}.so"
+        target = cache_folder / f"{name}-{key.hexdigest()[:20]}.so"
         if target.exists():
             return target
         try:
             cache_folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache_folder) as scratch:
                 made = Path(scratch) / target.name
-                _compile(compiler, attempts, [folder / source for source in SOURCES], made)
+                _compile(compiler, attempts, sources, made)
                 os.replace(made, target)  # whole or not at all, also when several processes compile at once
         except OSError:
             continue  # not writable: the next folder
@@ -110,10 +112,10 @@ def _compiler() -> str:
     raise NativeError(f"no C++ compiler found ({', '.join(COMPILERS)}, or the one named by CXX)")
 
 
-def _compile(compiler: str, attempts: list[list[str]], sources: list[Path], target: Path) -> None:
+def _compile(compiler: str, attempts: list[list[str]], sources: Sequence[Path], target: Path) -> None:
     failure = ""
     for flags in attempts:
-        command = [compiler, *flags, *map(str, sources), "-o", str(target)]
+        command = [compiler, *flags, f"-I{Path(__file__).parent}", *map(str, sources), "-o", str(target)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == 0:
             return
@@ -187,8 +189,13 @@ def unpack(states: Tensor) -> Tensor:
 def split(sums: Tensor, shapes: list[tuple[int, ...]]) -> Iterator[Tensor]:
     """Sums of threads ``[threads, n]`` → their totals in the given shapes."""
     sizes = [torch.Size(shape).numel() for shape in shapes]
-    parts = sums.sum(0).split(sizes)
+    parts = total(sums).split(sizes)
     return (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+
+
+def total(sums: Tensor) -> Tensor:
+    """``sums [threads, ...]`` → ``[...]``, to the bit ``sums.sum(0)``, but of two in one parallel region."""
+    return sums[0] + sums[1] if len(sums) == 2 else sums.sum(0)
 
 
 def evenly_spaced(x: Tensor) -> Tensor:
