@@ -66,9 +66,11 @@ def run(
 
     Returns:
         ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result`` (RecBole's keys);
-        ``test_ranks``: the rank of each test user's item, 0 = not within the largest of ``topk`` (an array ``[users]``,
-        None for a trainer of RecBole's own); ``report``: what the table at the end and the JSON file beside the
-        checkpoint hold.
+        ``test_ranks``: the rank of each test user's item, 0 = not within the largest of ``topk`` (an array
+        ``[users]``), and ``test_ranks_unseen``, the same without what the user has seen; None for metrics of single
+        scores;
+        ``report``: what the table at the end and the JSON file beside the checkpoint hold.
+        Of rankings every metric is there twice: ``ndcg@10``, and without seen items ``ndcg@10 (unseen)``.
     """
     settings = dict(config_dict or {})
     if nproc == 1 and world_size <= 1:
@@ -99,16 +101,17 @@ def _run(model, dataset, config_file_list, settings, saved, test, argv) -> dict[
     best_score, best_result = trainer.fit(
         train_data, valid_data, saved=saved, show_progress=bool(config["show_progress"])
     )
-    test_result = ranks = None
+    test_result = ranks = ranks_unseen = None
     if test:
         test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=bool(config["show_progress"]))
-        ranks = getattr(trainer.evaluator, "ranks", None)
+        ranks, ranks_unseen = trainer.evaluator.ranks, trainer.evaluator.ranks_unseen
     result = {
         "best_valid_score": best_score,
         "valid_score_bigger": config["valid_metric_bigger"],
         "best_valid_result": best_result,
         "test_result": test_result,
         "test_ranks": ranks,
+        "test_ranks_unseen": ranks_unseen,
     }
     order_of_time = train_data._dataset.order_of_time
     result["report"] = write_report(config, trainer.model, trainer, result, saved, _peak_memory(config), order_of_time)

@@ -18,7 +18,9 @@ from torch import nn
 from recbole_holo import __version__
 from recbole_holo.bridge import checkpoint
 from recbole_holo.bridge.compat import installed_version
+from recbole_holo.bridge.metric_names import UNSEEN
 from recbole_holo.data.order import OrderOfTime
+from recbole_holo.data.seen import Repeats
 from recbole_holo.model.items import BoundItems
 from recbole_holo.ops import backend
 
@@ -73,8 +75,10 @@ def write_report(
         "dataset": config["dataset"],
         "order_of_time": order_of_time and order_of_time._asdict(),
         "valid": result["best_valid_result"],
+        "valid_metric": trainer.valid_metric,
         "valid_scores": trainer.valid_scores,
         "test": result["test_result"],
+        "repeats": {split: found._asdict() for split, found in trainer.repeats.items()},
         "reported_epoch": "best on validation" if saved and result["best_valid_result"] else "last",
         "epochs": len(seconds) or None,
         "parameters": parameters,
@@ -103,11 +107,7 @@ def write_report(
 
 def table(report: dict[str, Any]) -> str:
     """The report as two small tables: the metrics, and what they cost."""
-    test, valid = report["test"] or {}, report["valid"] or {}
     head = f"{report['model']} on {report['dataset']}, seed {report['seed']} ({report['reported_epoch']} epoch)"
-    scores = tabulate(
-        [[m, valid.get(m, "-"), test.get(m, "-")] for m in test or valid], headers=["metric", "validation", "test"]
-    )
     implementations = ", ".join(f"{op}: {name}" for op, name in sorted(report["implementations"].items()))
     seconds = report["seconds_per_epoch"]
     costs = tabulate(
@@ -120,7 +120,36 @@ def table(report: dict[str, Any]) -> str:
         ],
         tablefmt="plain",
     )
-    return "\n" + "\n\n".join(part for part in (head, scores, attributes(report), costs) if part) + "\n"
+    return (
+        "\n"
+        + "\n\n".join(part for part in (head, metrics(report), repeats(report), attributes(report), costs) if part)
+        + "\n"
+    )
+
+
+def metrics(report: dict[str, Any]) -> str:
+    """Each metric on validation and test, with seen items and, where there are two columns, without them."""
+    results = [report["valid"] or {}, report["test"] or {}]
+    names = [name for name in results[1] or results[0] if not name.endswith(UNSEEN)]
+    columns = {"validation": (results[0], ""), "test": (results[1], "")}
+    if any(name + UNSEEN in found for found in results for name in names):
+        columns = {
+            f"{split}{kind}": (found, kind)
+            for split, found in zip(("validation", "test"), results, strict=True)
+            for kind in ("", UNSEEN)
+        }
+    lines = [[name, *(found.get(name + kind, "-") for found, kind in columns.values())] for name in names]
+    return tabulate(lines, headers=["metric", *columns])
+
+
+def repeats(report: dict[str, Any]) -> str:
+    """How many targets had been seen before, and which column to read; empty where that is not known."""
+    found = {split: Repeats(**counts) for split, counts in report["repeats"].items()}
+    if not found:
+        return ""
+    sentences = [one.sentence(split) for split, one in found.items()]
+    most = max(found.values(), key=lambda one: one.share)
+    return "\n".join([*sentences, most.advice()])
 
 
 def attributes(report: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from recbole.evaluator import metric_types
 from recbole.utils import ModelType
 
 from recbole_holo.bridge import registry, resources
+from recbole_holo.bridge.metric_names import UNSEEN, kept_name, two_columns, valid_metric
 from recbole_holo.data.order import TIES, TIME_PRECISIONS
 from recbole_holo.errors import ConfigError, DataError, nearest, nearest_names
 from recbole_holo.ops.backend import BACKENDS
@@ -265,17 +266,15 @@ class Config(RecBoleConfig):
         topk = [final["topk"]] if isinstance(final["topk"], int) else final["topk"]
         if not (isinstance(topk, list) and topk and all(type(k) is int and k >= 1 for k in topk)):
             raise ConfigError("topk", final["topk"], "use whole numbers of at least 1, such as [10, 20]")
+        final["valid_metric"] = chosen_by = valid_metric(final["valid_metric"], metrics, topk)
+        if self.ranks_general and two_columns(metrics):
+            final["valid_metric"] = kept_name(chosen_by) + UNSEEN  # RecBole's own choice for these models
         super()._set_default_parameters()
-        self._check_valid_metric(metrics, topk)
 
-    def _check_valid_metric(self, metrics: list[str], topk: list[int]) -> None:
-        name, _, k = str(self.final_config_dict["valid_metric"]).partition("@")
-        known = {m.lower() for m in metrics}
-        if name.lower() not in known or (k and k.isdigit() and int(k) not in topk):
-            offered = ", ".join(f"{m}@{topk[0]}" for m in metrics)
-            raise ConfigError(
-                "valid_metric", self.final_config_dict["valid_metric"], f"it must be among metrics and topk: {offered}"
-            )
+    @property
+    def ranks_general(self) -> bool:
+        """Whether the model is none of sequences: RecBole ranks for it what a user has not seen."""
+        return self.internal_config_dict["MODEL_TYPE"] != ModelType.SEQUENTIAL
 
     def _check_values(self) -> None:
         final = self.final_config_dict
@@ -290,6 +289,12 @@ class Config(RecBoleConfig):
         for field, least in (("epochs", 0), ("train_batch_size", 1), ("eval_batch_size", 1), ("eval_step", 0)):
             if type(final[field]) is not int or final[field] < least:
                 raise ConfigError(field, final[field], f"use a whole number of at least {least}")
+        last = final.get("exclude_last")
+        if last is not None and (type(last) is not int or last < 1):
+            raise ConfigError("exclude_last", last, "use a whole number of at least 1, or ~ for the whole history")
+        if last is not None and self.ranks_general:
+            remedy = f"{final['model']} knows no order of events, and all that users have seen is left out: use ~"
+            raise ConfigError("exclude_last", last, remedy)
         for field in ("learning_rate",):
             if not isinstance(final[field], (int, float)) or not final[field] > 0:
                 raise ConfigError(field, final[field], "use a number above 0")

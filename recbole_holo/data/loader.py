@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import recbole.data.dataset
@@ -24,11 +25,13 @@ from recbole_holo.bridge.config import overridden
 from recbole_holo.data.batches import CandidateEvalLoader, SequenceEvalLoader, SequenceTrainLoader
 from recbole_holo.data.order import SETTINGS as ORDER_SETTINGS
 from recbole_holo.data.repairs import RepairedDataset
+from recbole_holo.data.seen import repeats_of
 from recbole_holo.data.sequences import PrefixDataset, SequenceDataset
 from recbole_holo.errors import ConfigError, DataError
 from recbole_holo.training import distributed
 from recbole_holo.training.distributed import ShardedTrainDataLoader
 
+PHASES = ("train", "valid", "test")
 # Models of RecBole that read the padded histories of all rows from the data set, besides their batches.
 READS_PADDED_LISTS = frozenset({"FEARec"})
 
@@ -81,7 +84,9 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
     ``None`` for validation (RecBole's trainer then skips it), an error for training and test.
     """
     if config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
-        return recbole_data_preparation(config, dataset)
+        prepared = recbole_data_preparation(config, dataset)
+        _count_repeats(prepared, {phase: loader._dataset for phase, loader in zip(PHASES, prepared, strict=True)})
+        return prepared
     # RecBole would also unpickle a file of the right name that merely lies in checkpoint_dir.
     wanted = config["dataloaders_save_path"] or config["save_dataloaders"]
     saved = load_split_dataloaders(config) if wanted else None
@@ -89,7 +94,7 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
         dataset._change_feat_format()
         return saved
 
-    splits = dict(zip(("train", "valid", "test"), dataset.build(), strict=True))
+    splits = dict(zip(PHASES, dataset.build(), strict=True))
     for phase in ("train", "test"):
         if len(splits[phase]) == 0:
             raise DataError(
@@ -115,6 +120,7 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
                 loaders.append(loader_class(config, split, samplers[phase], shuffle=config["shuffle"]))
         else:
             loaders.append(_eval_loader(config, loader_class, split, samplers[phase]) if len(split) else None)
+    _count_repeats(loaders, splits)
     if config["save_dataloaders"] and None not in loaders:
         generators = [loader.generator for loader in loaders]
         save_split_dataloaders(config, dataloaders=loaders)
@@ -122,6 +128,14 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
             loader.generator = loader.sampler.generator = generator
     train, valid, test = loaders
     return train, valid, test
+
+
+def _count_repeats(loaders: Sequence[Any], splits: Mapping[str, Any]) -> None:
+    """Leaves with the validation and test loaders how many of their targets were seen before."""
+    found = repeats_of(splits)
+    for phase, loader in zip(PHASES, loaders, strict=True):
+        if phase in found:
+            loader.repeats = {phase: found[phase]}
 
 
 def _eval_loader(config, loader_class: type, split, sampler) -> AbstractDataLoader:

@@ -1,4 +1,10 @@
-"""RecBole's collector and evaluator at the speed of arrays: the same numbers without a dense matrix or a loop by user.
+"""Evaluation: every ranking read twice from one pass, with the items kept that its user has seen and without them; and
+RecBole's collector and evaluator at the speed of arrays: the same numbers without a dense matrix or a loop by user.
+
+**Two columns.** ``ndcg@10`` is of the ranking of all items, whatever the model: RecBole masks what a user has seen for
+its general models and not for its sequential ones. ``ndcg@10 (unseen)`` is of the same ranking without the items of the
+user's known history (:mod:`recbole_holo.data.seen`), or without its last events (``exclude_last``); a target that was
+seen itself is missed there. Ties are broken in it as ``torch.topk`` breaks them in the scores that are left.
 
 What a metric reads (RecBole's ``DataStruct``) and its value are RecBole's own, ties included. RecBole's collector
 writes an integer matrix users × items for every batch to learn which of the top k are positives, and sorts the
@@ -7,7 +13,7 @@ catalogue for GAUC; several of its metrics loop over users in Python.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +21,14 @@ from recbole.data.interaction import Interaction
 from recbole.evaluator import metrics
 from recbole.evaluator.collector import Collector, DataStruct
 from recbole.evaluator.evaluator import Evaluator
+from recbole.trainer import Trainer
 from torch import Tensor
 
+from recbole_holo.bridge.metric_names import UNSEEN, two_columns
+from recbole_holo.data.seen import KnownItems, Repeats
 from recbole_holo.training import distributed
+
+COUNTED_AT_ONCE = 2**18  # scores, while counting those above a target on a CPU: they stay in the cache
 
 
 class ArrayCollector(Collector):
@@ -27,14 +38,22 @@ class ArrayCollector(Collector):
         order: row numbers in the order in which the loader gives them; rows are put back in place at the end. None: as
             they come.
         sharded: the rows are one process's share; at the end those of all processes are put together.
+        known: what the users of the rankings to come know; then everything is collected a second time, under its name
+            with ``(unseen)``, without these items. None: one column.
     """
 
     order: np.ndarray | None = None
     sharded = False
+    known: KnownItems | None = None
 
     def __init__(self, config) -> None:
         super().__init__(config)
         self._collected: dict[str, list[Tensor]] = {}
+        self._n_rankings = 0  # so far
+
+    def start(self, known: KnownItems | None) -> None:
+        """An evaluation begins, whose rankings are of users who know ``known``."""
+        self.known, self._n_rankings, self._collected = known, 0, {}
 
     def eval_batch_collect(
         self, scores_tensor: Tensor, interaction: Interaction, positive_u: Tensor, positive_i: Tensor
@@ -43,28 +62,61 @@ class ArrayCollector(Collector):
 
         Args:
             scores_tensor: ``[B, n_items]``, -inf for what cannot be recommended; ``[B]`` for metrics of single scores.
+                With ``known`` it has -inf for known items, too, afterwards.
             interaction: the batch.
             positive_u, positive_i: row and item of every positive ``[P]``, in any order; not read for single scores.
         """
         need = self.register.need
-        if need("rec.items") or need("rec.topk") or need("rec.meanrank"):
-            rows, items, counts = _distinct(positive_u, positive_i, scores_tensor)
-        if need("rec.items") or need("rec.topk"):
-            top = torch.topk(scores_tensor, max(self.topk), dim=-1).indices  # [B, k]
-        if need("rec.items"):
-            self._collect("rec.items", top)
-        if need("rec.topk"):
-            hits = _contains(rows * scores_tensor.shape[1] + items, top, scores_tensor.shape[1])
-            self._collect("rec.topk", torch.cat([hits.long(), counts.unsqueeze(-1)], dim=1))
-        if need("rec.meanrank"):
-            ranks = _mean_ranks(scores_tensor, rows, items)
-            total = scores_tensor.new_zeros(len(scores_tensor)).index_add_(0, rows, ranks)
-            ranked = (scores_tensor > scores_tensor.amin(1, keepdim=True)).sum(1)
-            self._collect("rec.meanrank", torch.stack([total, ranked.to(total), counts.to(total)], dim=1))
         if need("rec.score"):
             self._collect("rec.score", scores_tensor.detach().clone())
         if need("data.label"):
             self._collect("data.label", interaction[self.config["LABEL_FIELD"]].to(self.device))
+        if not (need("rec.items") or need("rec.topk") or need("rec.meanrank")):
+            return
+        positives = Positives.of(positive_u, positive_i, scores_tensor)
+        found = self._ranking(scores_tensor, positives)
+        for name, rows in found.items():
+            self._collect(name, rows)
+        if self.known is None:
+            return
+        row, item = self.known.pairs(self._n_rankings, len(scores_tensor))
+        self._n_rankings += len(scores_tensor)
+        if len(row):
+            scores_tensor.index_put_((row, item), scores_tensor.new_tensor(-torch.inf))
+            found = self._unseen_ranking(scores_tensor, positives)
+        for name, rows in found.items():
+            self._collect(name + UNSEEN, rows)
+
+    def _ranking(self, scores: Tensor, positives: Positives) -> dict[str, Tensor]:
+        """What metrics need of ``scores [B, n_items]``."""
+        found, need = {}, self.register.need
+        if need("rec.items") or need("rec.topk"):
+            top = torch.topk(scores, max(self.topk), dim=-1).indices  # [B, k]
+        if need("rec.items"):
+            found["rec.items"] = top
+        if need("rec.topk"):
+            found["rec.topk"] = positives.with_counts(positives.among(top))
+        if need("rec.meanrank"):
+            found["rec.meanrank"] = positives.mean_ranks(scores)
+        return found
+
+    def _unseen_ranking(self, scores: Tensor, positives: Positives) -> dict[str, Tensor]:
+        """The same where seen items have -inf: a positive among them is in no top k, and last of all ranks."""
+        found, need, k = {}, self.register.need, max(self.topk)
+        if need("rec.items") or (need("rec.topk") and not positives.can_be_counted):
+            values, top = torch.topk(scores, k, dim=-1)
+        if need("rec.items"):
+            found["rec.items"] = top
+        if need("rec.topk"):
+            if positives.can_be_counted and not need("rec.items"):
+                hits = torch.arange(k) == _places(scores, positives.items, k).unsqueeze(-1)
+            else:
+                hits = positives.among(top) & (values > -torch.inf)
+            found["rec.topk"] = positives.with_counts(hits)
+        if need("rec.meanrank"):
+            own = scores[positives.rows, positives.items].clamp(min=torch.finfo(scores.dtype).min)
+            found["rec.meanrank"] = positives.mean_ranks(scores.index_put_((positives.rows, positives.items), own))
+        return found
 
     def get_data_struct(self) -> DataStruct:
         """What was collected since the last call, on the host, with what :meth:`data_collect` found.
@@ -86,19 +138,71 @@ class ArrayCollector(Collector):
         self._collected.setdefault(name, []).append(rows)
 
 
-def _distinct(positive_u: Tensor, positive_i: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows and items of the positives, each pair once, ascending: ``[P]`` each; and their number by row ``[B]``."""
-    width = scores.shape[1]
-    keys = torch.unique(positive_u.to(scores.device) * width + positive_i.to(scores.device))
-    rows, items = keys // width, keys % width
-    return rows, items, torch.bincount(rows, minlength=len(scores))
+class Positives(NamedTuple):
+    """The items to be found in ``B`` rankings, each once, ascending."""
+
+    rows: Tensor  # [P]
+    items: Tensor  # [P]
+    counts: Tensor  # [B]
+    width: int  # items in a ranking
+    one_each: bool  # row i has items[i] and no other
+
+    @classmethod
+    def of(cls, positive_u: Tensor, positive_i: Tensor, scores: Tensor) -> Positives:
+        """From rows and items in any order, some perhaps twice, of ``scores [B, n_items]``."""
+        size, width = scores.shape
+        if positive_u.device.type == "cpu" and torch.equal(positive_u, torch.arange(size)):
+            rows = torch.arange(size, device=scores.device)
+            return cls(rows, positive_i.to(scores.device), torch.ones_like(rows), width, True)
+        keys = torch.unique(positive_u.to(scores.device) * width + positive_i.to(scores.device))
+        rows, items = keys // width, keys % width
+        return cls(rows, items, torch.bincount(rows, minlength=size), width, False)
+
+    @property
+    def can_be_counted(self) -> bool:
+        """Whether the scores above a target say all: elsewhere it is the second top k that is quicker, or that needs
+        no waiting for the device."""
+        return self.one_each and self.rows.device.type == "cpu"
+
+    def among(self, top: Tensor) -> Tensor:
+        """Which of ``top [B, k]`` are positives."""
+        if self.one_each:
+            return top == self.items.unsqueeze(-1)
+        asked = torch.arange(len(top), device=top.device).unsqueeze(-1) * self.width + top
+        keys = self.rows * self.width + self.items
+        found = torch.searchsorted(keys, asked).clamp_(max=len(keys) - 1)
+        return keys[found] == asked
+
+    def with_counts(self, hits: Tensor) -> Tensor:
+        """``rec.topk``: hits and number of positives ``[B, k + 1]``."""
+        return torch.cat([hits.long(), self.counts.unsqueeze(-1)], dim=1)
+
+    def mean_ranks(self, scores: Tensor) -> Tensor:
+        """``rec.meanrank``: of ``scores [B, n_items]``, the sum of the positives' ranks, how many items are ranked, and
+        how many are positives ``[B, 3]``."""
+        ranks = _mean_ranks(scores, self.rows, self.items)
+        total = scores.new_zeros(len(scores)).index_add_(0, self.rows, ranks)
+        ranked = (scores > scores.amin(1, keepdim=True)).sum(1)
+        return torch.stack([total, ranked.to(total), self.counts.to(total)], dim=1)
 
 
-def _contains(keys: Tensor, top: Tensor, width: int) -> Tensor:
-    """Which of ``top [B, k]`` are among the positives, given as ascending ``keys [P]`` = row · width + item."""
-    asked = torch.arange(len(top), device=top.device).unsqueeze(-1) * width + top
-    found = torch.searchsorted(keys, asked).clamp_(max=len(keys) - 1)
-    return keys[found] == asked
+def _places(scores: Tensor, items: Tensor, k: int) -> Tensor:
+    """Place from 0 of row i's ``items[i]`` in its top k of ``scores [B, n_items]``, k or more where it is not in it or
+    has -inf: ``[B]``, on a CPU. It is the number of scores above, and where others equal it what the top k says."""
+    own = scores.gather(1, items.unsqueeze(-1))
+    size = max(COUNTED_AT_ONCE // scores.shape[1], 1)
+    ones = scores.new_empty((size, scores.shape[1]), dtype=torch.float32)
+    above = [
+        torch.gt(part, mine, out=ones[: len(part)]).sum(1)
+        for part, mine in zip(scores.split(size), own.split(size), strict=True)
+    ]
+    place = torch.cat(above).long()
+    near = (place < k).nonzero().squeeze(-1)
+    tied = near[(scores[near] == own[near]).sum(1) != 1]
+    if len(tied):
+        found = torch.topk(scores[tied], k, dim=-1).indices == items[tied].unsqueeze(-1)
+        place[tied] = torch.where(found.any(1), found.long().argmax(1), k)
+    return place.masked_fill_(own.squeeze(-1) == -torch.inf, k)
 
 
 def _mean_ranks(scores: Tensor, rows: Tensor, items: Tensor) -> Tensor:
@@ -167,20 +271,76 @@ FASTER: dict[str, Any] = {
 
 
 class ArrayEvaluator(Evaluator):
-    """RecBole's evaluator with :data:`FASTER` in the place of the metrics that loop over users.
+    """RecBole's evaluator with :data:`FASTER` in the place of the metrics that loop over users, and every metric a
+    second time where rankings without seen items were collected.
 
     Attributes:
         ranks: of the last evaluation, each user's best rank of a positive, from 1; 0 = none within the largest of
             ``topk``. None where no metric reads the top k.
+        ranks_unseen: the same where seen items are left out; None also where there is one column.
     """
 
     ranks: np.ndarray | None = None
+    ranks_unseen: np.ndarray | None = None
 
     def __init__(self, config) -> None:
         super().__init__(config)
         self.metric_class.update({name: FASTER[name](config) for name in self.metrics if name in FASTER})
 
     def evaluate(self, dataobject: DataStruct) -> dict[str, float]:
-        hits = dataobject.get("rec.topk")[:, :-1].numpy() if "rec.topk" in dataobject else None
-        self.ranks = None if hits is None else np.where(hits.any(1), hits.argmax(1) + 1, 0)
-        return super().evaluate(dataobject)
+        unseen = DataStruct()
+        for name, value in dataobject._data_dict.items():
+            if name.endswith(UNSEEN) or name + UNSEEN not in dataobject:
+                unseen.set(name.removesuffix(UNSEEN), value)
+        self.ranks = _best_ranks(dataobject)
+        result = super().evaluate(dataobject)
+        self.ranks_unseen = None
+        if any(name.endswith(UNSEEN) for name in dataobject._data_dict):
+            self.ranks_unseen = _best_ranks(unseen)
+            result.update({name + UNSEEN: value for name, value in super().evaluate(unseen).items()})
+        return result
+
+
+def _best_ranks(struct: DataStruct) -> np.ndarray | None:
+    if "rec.topk" not in struct:
+        return None
+    hits = struct.get("rec.topk")[:, :-1].numpy()
+    return np.where(hits.any(1), hits.argmax(1) + 1, 0)
+
+
+class TwoColumns(Trainer):
+    """RecBole's trainer whose evaluations have the two columns, for this package's models and RecBole's.
+
+    Attributes:
+        repeats: by split (``valid``, ``test``), of those that were evaluated; empty for data that were split elsewhere.
+    """
+
+    eval_collector: ArrayCollector
+    evaluator: ArrayEvaluator
+
+    def __init__(self, config, model) -> None:
+        super().__init__(config, model)
+        self.eval_collector = ArrayCollector(config)
+        self.evaluator = ArrayEvaluator(config)
+        self.repeats: dict[str, Repeats] = {}
+        if config.ranks_general and two_columns(config["metrics"]):
+            self.logger.info(
+                f"valid_metric: {config['valid_metric']}. Models that are none of sequences are selected without what "
+                "users have seen, as RecBole does; a metric's plain name is of the ranking with it, as for all models."
+            )
+
+    @torch.no_grad()
+    def evaluate(self, eval_data: Any, *args: Any, **kwargs: Any) -> dict[str, float] | None:
+        if not eval_data:
+            return None
+        config, collector = self.config, self.eval_collector
+        collector.sharded = getattr(eval_data, "is_sharded", False)
+        collector.order = getattr(eval_data, "order", None)
+        ranked = two_columns(config["metrics"])
+        collector.start(KnownItems.of(eval_data, self.device, config["exclude_last"]) if ranked else None)
+        self.repeats |= getattr(eval_data, "repeats", {})
+        return super().evaluate(eval_data, *args, **kwargs)
+
+    def _full_sort_batch_eval(self, batched_data: Any) -> tuple[Interaction, Tensor, Tensor, Tensor]:
+        interaction, _, positive_u, positive_i = batched_data  # what users know is left out by the collector
+        return super()._full_sort_batch_eval((interaction, None, positive_u, positive_i))

@@ -27,7 +27,7 @@ from recbole_holo.model.base import SequenceRecommender
 from recbole_holo.model.state_space import StateSpaceRecommender
 from recbole_holo.training import distributed
 from recbole_holo.training.contention import Contention
-from recbole_holo.training.evaluation import ArrayCollector, ArrayEvaluator
+from recbole_holo.training.evaluation import TwoColumns
 from recbole_holo.training.graphs import EncoderGraphs, width_multiple
 from recbole_holo.training.schedule import LearningRate, WeightAverage
 from recbole_holo.training.sparse import clip_grad_norm_, lazy_optimizer
@@ -35,11 +35,12 @@ from recbole_holo.training.sparse import clip_grad_norm_, lazy_optimizer
 FEW_PARAMETERS = 2**20  # one thread updates them in some milliseconds
 
 
-class SafeCheckpoints(Trainer):
+class SafeCheckpoints(TwoColumns):
     """Mixed in before one of RecBole's trainers.
 
     * Checkpoints hold plain values and tensors, are written whole or not at all, and carry what resuming needs:
       the optimizer, the random states of Python, NumPy and PyTorch, and the order of the batches to come.
+    * Evaluations have two columns, see :mod:`recbole_holo.training.evaluation`.
     * Candidates of a uniN/popN evaluation are the same at every evaluation and for every model of one seed, so that
       epochs and models compare on equal terms and a reloaded model repeats its metrics. RecBole draws anew each time.
     """
@@ -246,8 +247,6 @@ class HoloTrainer(SafeCheckpoints, Trainer):
         self.graphs = EncoderGraphs.from_config(config, self.model)
         self.contention = Contention(self.logger.warning)
         self.few_parameters = sum(p.numel() for p in model.parameters()) <= FEW_PARAMETERS
-        self.eval_collector = ArrayCollector(config)
-        self.evaluator = ArrayEvaluator(config)
 
     def _build_optimizer(self, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super()._build_optimizer(**kwargs)
@@ -431,11 +430,6 @@ class HoloTrainer(SafeCheckpoints, Trainer):
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict[str, float]]:
         with self.average.applied() if self.average is not None else nullcontext():
             return super()._valid_epoch(valid_data, show_progress)
-
-    def evaluate(self, eval_data: Any, *args: Any, **kwargs: Any) -> dict[str, float] | None:
-        self.eval_collector.sharded = getattr(eval_data, "is_sharded", False)
-        self.eval_collector.order = getattr(eval_data, "order", None)
-        return super().evaluate(eval_data, *args, **kwargs)
 
     def _neg_sample_batch_eval(self, batched_data: Any) -> tuple[Any, Tensor, Tensor, Tensor]:
         histories, candidates, positive_u, positive_i = batched_data

@@ -94,6 +94,12 @@ def test_unknown_keys_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
         ({"topk": "ten"}, r"topk: 'ten'"),
         ({"metrics": ["NDGC"]}, r"metrics: 'NDGC'.*did you mean NDCG|metrics: 'NDGC'.*ndcg"),
         ({"valid_metric": "NDCG@7"}, r"valid_metric: 'NDCG@7'"),
+        ({"valid_metric": "NDCG"}, r"valid_metric: 'NDCG'.*did you mean NDCG@"),
+        ({"valid_metric": "NDCG@7 (unseen)"}, r"NDCG@7 \(unseen\)'.*did you mean NDCG@.*each also with \(unseen\)"),
+        ({"valid_metric": "NDCG@10 (seen)"}, r"valid_metric: 'NDCG@10 \(seen\)'"),
+        ({"metrics": ["AUC"], "valid_metric": "AUC (unseen)"}, r"valid_metric: .*AUC is of single scores"),
+        ({"exclude_last": 0}, r"exclude_last: 0.*or ~ for the whole history"),
+        ({"model": "BPR", "exclude_last": 200}, r"exclude_last: 200.*BPR knows no order"),
         ({"epochs": -1}, r"epochs: -1"),
         ({"train_batch_size": 0}, r"train_batch_size: 0"),
         ({"learning_rate": "fast"}, r"learning_rate: 'fast'"),
@@ -103,6 +109,15 @@ def test_bad_settings_name_field_value_and_remedy(settings: dict[str, Any], mess
     model = settings.pop("model", "RecMamba")
     with pytest.raises(ConfigError, match=message):
         Config(model, "ml-100k", config_dict=settings)
+
+
+@pytest.mark.parametrize("text", ["NDCG@10 (unseen)", "ndcg@10(unseen)", " NDCG @ 10 ( Unseen )", "ndcg@10 unseen"])
+def test_valid_metric_is_either_column_however_it_is_spelled(text: str) -> None:
+    assert (
+        Config("RecMamba", "ml-100k", config_dict={"valid_metric": text})["valid_metric"].lower() == "ndcg@10 (unseen)"
+    )
+    small = {"metrics": ["AveragePopularity"], "valid_metric": text.lower().replace("ndcg", "averagepopularity")}
+    assert not Config("RecMamba", "ml-100k", config_dict=small)["valid_metric_bigger"]
 
 
 def test_malformed_and_missing_files(tmp_path: Path) -> None:
