@@ -1,17 +1,17 @@
 """Accuracy tables, cell by cell: ``python -m benchmarks.accuracy TABLE [--data_path=dataset/] [--render]``.
 
 A table is a yaml file in ``benchmarks/tables``: rows (a model and its settings) × seeds × data sets under one protocol.
-Every cell is a JSON file in ``results/cells/TABLE`` with its metrics, the rank of every test user's item, full
-configuration, versions, commit, machine and time; only the cells that are missing run, so a table can be stopped and
-continued, here or on another machine; a run that was stopped goes on from its last checkpoint, in ``*.unfinished``
-beside its cell. The result is ``results/TABLE.md``, mean ± standard deviation over the seeds, and
-a plot.
+Every cell is a JSON file in ``results/cells/TABLE`` with its metrics, the rank of every test user's item (with seen
+items kept, and without them), full configuration, versions, commit, machine and time; only the cells that are missing
+run, so a table can be stopped and continued, here or on another machine; a run that was stopped goes on from its last
+checkpoint, in ``*.unfinished`` beside its cell. The result is ``results/TABLE.md``, mean ± standard deviation over the
+seeds, and a plot.
 
 Keys of a table: ``title``, ``protocol``, ``dataset`` (or ``datasets``: name → settings), ``settings`` (of all cells),
-``seeds``, ``report`` (the test metrics shown), ``rows``: name → ``model``, ``settings``, ``config_files``, ``search``
-and ``base``, a row whose model, settings and choice it starts from; ``baseline`` (a row that the others are compared
-with), ``pairs`` (of rows that are compared with each other), ``plot`` (the last metric by row), ``curves`` (validation
-by epoch), ``notes``.
+``seeds``, ``report`` (the test metrics shown; each also without seen items, where cells have that), ``rows``: name →
+``model``, ``settings``, ``config_files``, ``search`` and ``base``, a row whose model, settings and choice it starts
+from; ``baseline`` (a row that the others are compared with), ``pairs`` (of rows that are compared with each other),
+``plot`` (the last metric by row), ``curves`` (validation by epoch), ``notes``.
 
 **Tuning.** The values of a row's ``search`` (setting → list: all combinations; or a list of choices) are tried with the
 table's ``tuning_seed`` first, and the best ``valid_metric`` on *validation* is taken for all its seeds: the test split
@@ -96,8 +96,10 @@ class Table:
 
     def best(self, dataset: str, row: str) -> dict[str, Any]:
         """The choice with the best validation score among a row's own trials, of which none is missing."""
-        trials, metric = self.trials(dataset, row), self.content["settings"]["valid_metric"].lower()
-        scores = {path: json.loads(path.read_text())["valid"][metric] for path in trials}
+        trials = self.trials(dataset, row)
+        reports = {path: json.loads(path.read_text()) for path in trials}
+        # A general model is chosen by the unseen column, whatever the table says of it.
+        scores = {path: one["valid"][one["config"]["valid_metric"].lower()] for path, one in reports.items()}
         return trials[max(scores, key=lambda path: scores[path])] if trials else {}
 
     def settings(self, dataset: str, row: str, choice: dict[str, Any] | None) -> dict[str, Any]:
@@ -176,8 +178,9 @@ def run_cell(
     for mine in ("data_path", "resume"):
         report["config"].pop(mine, None)
     report["checkpoint"] = None
-    if not tuning and result["test_ranks"] is not None:
-        report["ranks"] = packed(np.asarray(result["test_ranks"]))
+    for key in ("ranks", "ranks_unseen"):
+        if not tuning and result[f"test_{key}"] is not None:
+            report[key] = packed(np.asarray(result[f"test_{key}"]))
     path.write_text(json.dumps(report, indent=1, default=str) + "\n", encoding="utf-8")
     shutil.rmtree(scratch)
     return report

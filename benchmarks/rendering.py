@@ -13,6 +13,7 @@ from scipy import stats
 from tabulate import tabulate
 
 from benchmarks.cells import RESULTS
+from recbole_holo.bridge.metric_names import UNSEEN, kept_name
 
 if TYPE_CHECKING:
     from benchmarks.accuracy import Table
@@ -29,8 +30,9 @@ def unpacked(text: str) -> np.ndarray:
 
 
 def by_user(ranks: np.ndarray, metric: str) -> np.ndarray:
-    """A metric such as ``ndcg@10`` of users with a single item to be found, by its rank: ``[users]``."""
-    kind, k = metric.split("@")
+    """A metric such as ``ndcg@10``, with seen items or without, of users with a single item to be found, by its rank in
+    that ranking: ``[users]``."""
+    kind, k = kept_name(metric).split("@")
     found = (ranks > 0) & (ranks <= int(k))
     at = np.maximum(ranks, 1)
     return np.where(found, {"hit": np.ones(len(at)), "ndcg": 1 / np.log2(at + 1), "mrr": 1 / at}[kind], 0.0)
@@ -100,22 +102,36 @@ def render(table: Table) -> str:
 
 
 def _dataset(table: Table, dataset: str, rows: dict[str, list[dict[str, Any]]]) -> str:
-    metrics, base = table.content["report"], table.content.get("baseline")
-    compared = _compared(rows, [(row, base) for row in rows if row != base], metrics[-1]) if base in rows else {}
+    metrics, base = shown_metrics(table, rows), table.content.get("baseline")
+    last = [metric for metric in metrics if kept_name(metric) == kept_name(metrics[-1])]  # one, or its two columns
+    pairs = [(row, base) for row in rows if row != base] if base in rows else []
+    compared = {metric: _compared(rows, pairs, metric) for metric in last} if base else {}
     lines = []
     for row, cells in rows.items():
-        spread = [_mean_and_deviation([cell["test"][metric] for cell in cells]) for metric in metrics]
+        spread = [_mean_and_deviation([cell["test"].get(metric) for cell in cells]) for metric in metrics]
         seconds = statistics.median(cell["seconds_per_epoch"] for cell in cells)
         sizes = [f"{cells[0][key]:,}" for key in ("parameters", "parameters_without_embeddings")]
-        delta = [compared.get((row, base), "")] if base else []
+        delta = [found.get((row, base), "") for found in compared.values()]
         lines.append([row, *spread, *delta, *sizes, f"{seconds:.1f}", len(cells)])
     open_cells = sum(
         not table.cell(dataset, r, s).exists() for r in table.content["rows"] for s in table.content["seeds"]
     )
-    head = [f"test {m}" for m in metrics] + ([f"Δ {metrics[-1]} (p)"] if base else [])
+    head = [f"test {m}" for m in metrics] + [f"Δ {metric} (p)" for metric in compared]
     head = ["model", *head, "parameters", "without item tables", "s/epoch", "seeds"]
     text = tabulate(lines, headers=head, tablefmt="github", disable_numparse=True) + _pairs(table, rows)
     return text + (f"\n\n{open_cells} cells are still to run." if open_cells else "")
+
+
+def shown_metrics(table: Table, rows: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The table's ``report``, each followed by the same without seen items if a cell has it: cells from before there
+    were two columns have one."""
+    metrics = []
+    for metric in table.content["report"]:
+        metrics.append(metric)
+        there = any(metric + UNSEEN in cell["test"] for cells in rows.values() for cell in cells)
+        if there and metric + UNSEEN not in table.content["report"]:
+            metrics.append(metric + UNSEEN)
+    return metrics
 
 
 def _pairs(table: Table, rows: dict[str, list[dict[str, Any]]]) -> str:
@@ -123,7 +139,7 @@ def _pairs(table: Table, rows: dict[str, list[dict[str, Any]]]) -> str:
     pairs = [(row, other) for row, other in table.content.get("pairs", []) if row in rows and other in rows]
     if not pairs:
         return ""
-    found = {metric: _compared(rows, pairs, metric) for metric in table.content["report"]}
+    found = {metric: _compared(rows, pairs, metric) for metric in shown_metrics(table, rows)}
     lines = [[row, other, *(found[metric].get((row, other), "") for metric in found)] for row, other in pairs]
     head = ["row", "less row", *(f"Δ {metric} (p)" for metric in found)]
     return f"\n\n{tabulate(lines, headers=head, tablefmt='github', disable_numparse=True)}"
@@ -133,10 +149,10 @@ def _compared(
     rows: dict[str, list[dict[str, Any]]], pairs: list[tuple[str, str]], metric: str
 ) -> dict[tuple[str, str], str]:
     """Row and other row → the difference, and p corrected for the number of pairs."""
-    differences = {}
+    differences, key = {}, "ranks_unseen" if metric.endswith(UNSEEN) else "ranks"
     for row, other in pairs:
-        theirs = {cell["seed"]: cell["ranks"] for cell in rows[other] if "ranks" in cell}
-        both = [(c["ranks"], theirs[c["seed"]]) for c in rows[row] if "ranks" in c and c["seed"] in theirs]
+        theirs = {cell["seed"]: cell[key] for cell in rows[other] if key in cell}
+        both = [(c[key], theirs[c["seed"]]) for c in rows[row] if key in c and c["seed"] in theirs]
         if both:
             values = [[by_user(unpacked(text), metric) for text in side] for side in zip(*both, strict=True)]
             differences[row, other] = difference(values[0], values[1])
@@ -166,9 +182,13 @@ def _source(cell: dict[str, Any]) -> str:
     return f"{cell['date'][:10]}; {cell['device']}, {cell['machine']}; {packages}; commit {short}"
 
 
-def _mean_and_deviation(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.4f}{deviation}"
+def _mean_and_deviation(values: list[float | None]) -> str:
+    """A dash where a cell has no such value: a mean of the others would not be the row's."""
+    found = [value for value in values if value is not None]
+    if len(found) < len(values):
+        return "-"
+    deviation = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.4f}{deviation}"
 
 
 def _plot(table: Table, found: dict[tuple[str, str], list[dict[str, Any]]]) -> None:

@@ -312,11 +312,13 @@ class TwoColumns(Trainer):
     """RecBole's trainer whose evaluations have the two columns, for this package's models and RecBole's.
 
     Attributes:
+        columns: 2; 1 = without the second column.
         repeats: by split (``valid``, ``test``), of those that were evaluated; empty for data that were split elsewhere.
     """
 
     eval_collector: ArrayCollector
     evaluator: ArrayEvaluator
+    columns = 2
 
     def __init__(self, config, model) -> None:
         super().__init__(config, model)
@@ -336,8 +338,8 @@ class TwoColumns(Trainer):
         config, collector = self.config, self.eval_collector
         collector.sharded = getattr(eval_data, "is_sharded", False)
         collector.order = getattr(eval_data, "order", None)
-        ranked = two_columns(config["metrics"])
-        collector.start(KnownItems.of(eval_data, self.device, config["exclude_last"]) if ranked else None)
+        twice = self.columns == 2 and two_columns(config["metrics"])
+        collector.start(KnownItems.of(eval_data, self.device, config["exclude_last"]) if twice else None)
         self.repeats |= getattr(eval_data, "repeats", {})
         return super().evaluate(eval_data, *args, **kwargs)
 

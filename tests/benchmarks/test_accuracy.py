@@ -72,7 +72,9 @@ def test_a_table_runs_what_is_missing_tunes_on_validation_and_renders(table: Tab
     assert cell["config"]["learning_rate"] == 0.02
     assert cell["attributes"]["genre"]["alpha"]
     for metric in table.content["report"]:
-        assert by_user(unpacked(cell["ranks"]), metric).mean() == pytest.approx(cell["test"][metric], abs=1e-4)
+        for kind, key in (("", "ranks"), (" (unseen)", "ranks_unseen")):
+            found = by_user(unpacked(cell[key]), metric + kind).mean()
+            assert found == pytest.approx(cell["test"][metric + kind], abs=1e-4)
 
     text = render(table)
     assert text.count("\n") == 4 + 4
@@ -82,12 +84,48 @@ def test_a_table_runs_what_is_missing_tunes_on_validation_and_renders(table: Tab
     ]
     delta = means[0] - means[1]
     assert f"| bound | shuffled   | {delta:+.4f} (" in text
+    head = text.splitlines()[0]
+    for column in ("test hit@5", "test ndcg@5", "Δ ndcg@5"):
+        assert f"{column} (unseen)" in head
     document = (rendering.RESULTS / "tiny.md").read_text()
     assert "bound on" in document
     assert "learning_rate 0.02" in document
     assert len(cell["valid_scores"]) == 2
     for name in ("tiny.png", "tiny-curves.png"):
         assert (rendering.RESULTS / name).stat().st_size > 1000
+
+
+def test_cells_with_one_column_are_rendered_as_before_and_beside_new_ones(table: Table) -> None:
+    (dataset,) = table.datasets
+    (rendering.RESULTS / "cells").mkdir(parents=True)
+    ranks = {"old": np.array([1, 2, 0, 4]), "new": np.array([2, 0, 0, 1])}
+
+    def cell(row: str, seed: int, unseen: bool) -> None:
+        test = dict.fromkeys(table.content["report"], 0.25)
+        made: dict[str, Any] = {"seed": seed, "test": test, "ranks": packed(ranks["old"])}
+        if unseen:
+            test |= {f"{metric} (unseen)": 0.5 + seed / 10 for metric in table.content["report"]}
+            made["ranks_unseen"] = packed(ranks["new"])
+        made |= {"parameters": 10, "parameters_without_embeddings": 5, "seconds_per_epoch": 1.0, "date": "2026-01-01"}
+        made |= {"versions": {"recbole": "1", "torch": "2", "numba": "0"}, "git_commit": None, "device": "cpu"}
+        path = table.cell(dataset, row, seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**made, "machine": "m"}))
+
+    table.content.update(plot=False, curves=False)
+    for row in ("plain", "shuffled"):
+        for seed in (1, 2):
+            cell(row, seed, unseen=False)
+    assert "unseen" not in render(table)
+    for seed in (1, 2):
+        cell("plain", seed, unseen=True)
+    cell("shuffled", 1, unseen=True)
+    lines = render(table).splitlines()
+    assert lines[0].count("(unseen)") == 3
+    assert [line.count("0.6500 ± 0.0707") for line in lines if line.startswith("| plain")] == [2]
+    (shuffled,) = (line for line in lines if line.startswith("| shuffled"))
+    assert "0.2500 ± 0.0000 | -" in shuffled  # one of two seeds has the second column
+    assert "0.6" not in shuffled
 
 
 def test_a_run_that_was_stopped_goes_on(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +166,7 @@ def test_choices_may_be_listed_instead_of_combined(table: Table) -> None:
     assert len(trials) == 2
     for path, score in zip(trials, (0.1, 0.2), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"valid": {"ndcg@5": score}}))
+        path.write_text(json.dumps({"valid": {"ndcg@5": score}, "config": {"valid_metric": "NDCG@5"}}))
     assert table.settings(dataset, "shuffled", None)["bind_output"] == "added"
 
 
