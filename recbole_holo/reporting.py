@@ -120,11 +120,8 @@ def table(report: dict[str, Any]) -> str:
         ],
         tablefmt="plain",
     )
-    return (
-        "\n"
-        + "\n\n".join(part for part in (head, metrics(report), repeats(report), attributes(report), costs) if part)
-        + "\n"
-    )
+    parts = (head, metrics(report), repeats(report), attributes(report), costs)
+    return "\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
 def metrics(report: dict[str, Any]) -> str:
