@@ -19,6 +19,7 @@ from recbole_holo import __version__
 from recbole_holo.bridge import checkpoint
 from recbole_holo.bridge.compat import installed_version
 from recbole_holo.bridge.metric_names import UNSEEN
+from recbole_holo.data.event_time import EVENT_TIMES
 from recbole_holo.data.order import OrderOfTime
 from recbole_holo.data.seen import Repeats
 from recbole_holo.model.items import BoundItems
@@ -87,6 +88,7 @@ def write_report(
         "peak_memory_bytes": peak_memory,
         "device": str(config["device"]),
         "implementations": backend.report(),
+        "event_time": model.event_time.kind if isinstance(model, BoundItems) and model.event_time else None,
         "attributes": model.attribute_report() if isinstance(model, BoundItems) else {},
         "seed": config["seed"],
         "versions": versions(),
@@ -117,6 +119,7 @@ def table(report: dict[str, Any]) -> str:
             ["seconds per epoch (median)", "-" if seconds is None else f"{seconds:.2f}"],
             ["peak memory", f"{report['peak_memory_bytes'] / 2**20:,.0f} MiB ({report['device']})"],
             ["ran on", implementations or "plain PyTorch"],
+            *([["event_time", EVENT_TIMES[report["event_time"]]]] if report.get("event_time") else []),
         ],
         tablefmt="plain",
     )

@@ -90,6 +90,7 @@ class DeviceRows:
         self.columns = {name: values.to(device) for name, values in dataset.inter_feat.interaction.items()}
         self.events = dataset.events.to(device)
         self.following = None if dataset.following is None else dataset.following.to(device)
+        self.gaps = None if dataset.gap_numbers is None else dataset.gap_numbers.to(device)
 
     def with_events(self, events: Events, following: Tensor) -> DeviceRows:
         """The same rows of other events."""
@@ -102,7 +103,7 @@ class DeviceRows:
         """The batch of the rows ``numbers [B]``, padded to ``width``."""
         rows = Interaction({name: values[numbers] for name, values in self.columns.items()})
         begin = rows[HISTORY_START]
-        rows = self.dataset.with_histories(rows, width, self.events.items, self.following)
+        rows = self.dataset.with_histories(rows, width, self.events.items, self.following, self.gaps)
         return EventBatch(rows.interaction, Histories(self.events, begin))
 
 

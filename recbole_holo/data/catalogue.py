@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from recbole_holo.data.attributes import ItemAttribute
+from recbole_holo.data.event_time import GapBuckets
 from recbole_holo.errors import DataError, nearest_names
 
 TITLES = ("title", "movie_title", "name")  # columns of an .item file that people read items by
@@ -31,6 +32,7 @@ class Catalogue:
         popularity: of each item, the users who have it in the training split, ``[n_items]``.
         item_attributes: as the model binds them.
         repeats: part of the training targets whose user had met the item before, 0 to 1.
+        gap_buckets: as the model reads the time between events; None where it does not.
     """
 
     dataset_name: str
@@ -40,6 +42,7 @@ class Catalogue:
     popularity: Tensor
     item_attributes: dict[str, ItemAttribute] = field(default_factory=dict)
     repeats: float = 0.0
+    gap_buckets: GapBuckets | None = None
 
     @classmethod
     def of(cls, dataset: Any) -> Catalogue:
@@ -57,6 +60,7 @@ class Catalogue:
             counts,
             dict(getattr(dataset, "item_attributes", {})),
             repeats_of(dataset),
+            getattr(dataset, "gap_buckets", None),
         )
 
     # ------------------------------------------------------------------ in a checkpoint
@@ -64,7 +68,12 @@ class Catalogue:
         """As a checkpoint holds it, whole numbers in as few bytes as they need."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         attributes = {n: {**vars(one), "index": _narrow(one.index)} for n, one in self.item_attributes.items()}
-        return fields | {"popularity": _narrow(self.popularity), "item_attributes": attributes}
+        buckets = None if self.gap_buckets is None else asdict(self.gap_buckets)
+        return fields | {
+            "popularity": _narrow(self.popularity),
+            "item_attributes": attributes,
+            "gap_buckets": buckets,
+        }
 
     @classmethod
     def from_plain(cls, saved: Mapping[str, Any]) -> Catalogue:
@@ -72,6 +81,8 @@ class Catalogue:
         given = {name: saved[name] for name in cls.__dataclass_fields__ if name in saved}  # older ones lack some
         attributes = given["item_attributes"].items()
         given["item_attributes"] = {n: ItemAttribute(**{**a, "index": a["index"].long()}) for n, a in attributes}
+        if given.get("gap_buckets") is not None:
+            given["gap_buckets"] = GapBuckets(**given["gap_buckets"])
         return cls(**{**given, "popularity": given["popularity"].long()})
 
     # ------------------------------------------------------------------ what a model reads of a data set

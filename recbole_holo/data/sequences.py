@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from recbole.data.dataset import SequentialDataset
 from recbole.data.interaction import Interaction
@@ -13,8 +14,9 @@ from recbole.utils.enum_type import FeatureSource, FeatureType
 from scipy.sparse import spmatrix
 from torch import Tensor
 
-from recbole_holo.data import TARGETS_SUFFIX
+from recbole_holo.data import GAPS, TARGETS_SUFFIX
 from recbole_holo.data.attributes import ItemAttribute, item_attribute, shuffled
+from recbole_holo.data.event_time import GapBuckets, Gaps, event_time
 from recbole_holo.data.histories import EventBatch, Events, Histories
 from recbole_holo.data.repairs import RepairedDataset
 from recbole_holo.errors import ConfigError, DataError, nearest
@@ -123,11 +125,18 @@ class SequenceDataset(PrefixDataset):
         item_attributes: the fields of ``item_attributes:`` by name; see :class:`ItemAttribute`.
         following: of every event, the item of the next where that is a training target, else 0 ``[n_events]``; in the
             training split of whole sequences only.
+        gap_buckets: of the time between events, where ``event_time`` asks for it.
+        gap_numbers: of every event ``[n_events]``, what a model reads of the time; likewise. Batches have it as
+            ``gap_list [B, L]``: also a window's first event has its own, and nothing in it is later than the event
+            unless ``event_time: request`` says so.
     """
 
     item_feat: Any
     item_attributes: dict[str, ItemAttribute]
     following: Tensor | None = None
+    gap_buckets: GapBuckets | None = None
+    gap_numbers: Tensor | None = None
+    _gaps: Gaps | None = None
 
     def __init__(self, config) -> None:
         _check(config)
@@ -146,9 +155,48 @@ class SequenceDataset(PrefixDataset):
                 self.logger.info(f"item_attributes: {items} have no {name}; they get the zero vector")
         for dataset in datasets:
             dataset.item_attributes = attributes
+        if self._gaps is not None:
+            self._find_buckets(self._gaps, datasets)
         if self.config["train_on"] == "sequences" and self.is_augmented:
             datasets[0] = datasets[0].whole_sequences()
         return datasets
+
+    # ------------------------------------------------------------------ the time between events
+    def _dataframe_to_interaction(self, data: Any) -> Interaction:
+        if data is self.inter_feat and event_time(self.config):  # in order by now, and times still in float64
+            self._gaps = self._read_gaps(data)
+        return super()._dataframe_to_interaction(data)
+
+    def _read_gaps(self, events: pd.DataFrame) -> Gaps:
+        if self.config["benchmark_filename"] is None:
+            return Gaps.between(events[self.time_field].to_numpy(np.float64), events[self.uid_field].to_numpy())
+        lists = f"{self.time_field}{self.config['LIST_SUFFIX']}"
+        for field in (self.time_field, lists):
+            if field not in events:
+                remedy = f"the files of benchmark_filename were loaded without a column {field!r}: add it, or use ~"
+                raise ConfigError("event_time", self.config["event_time"], remedy)
+        times = [own[: self.field2seqlen[lists]] for own in events[lists]]
+        return Gaps.of_rows(times, events[self.time_field].to_numpy(np.float64), max(map(len, times)))
+
+    def _find_buckets(self, gaps: Gaps, datasets: list[SequenceDataset]) -> None:
+        """Buckets by what the training split (the first of ``datasets``) shows, for all of them."""
+        kind = event_time(self.config)
+        assert kind is not None
+        if self.is_augmented:
+            rows = datasets[0].inter_feat
+            shown = gaps.before[rows[HISTORY_START] + rows[self.item_list_length_field]]
+        else:
+            shown = gaps.before[: len(datasets[0])]
+        buckets = GapBuckets.of(shown, self.config["event_time_buckets"])
+        numbers = buckets.numbers(gaps, kind)
+        self.logger.info(f"event_time: {buckets}")
+        ends = np.cumsum([len(dataset) for dataset in datasets])
+        for dataset, end in zip(datasets, ends, strict=True):
+            dataset.gap_buckets = buckets
+            if self.is_augmented:
+                dataset.gap_numbers = numbers
+            else:
+                dataset.inter_feat[GAPS] = numbers[end - len(dataset) : end]
 
     def _data_filtering(self) -> None:
         super()._data_filtering()
@@ -193,10 +241,12 @@ class SequenceDataset(PrefixDataset):
         lengths = rows[self.item_list_length_field]
         width = self.max_item_list_len if self.config["pad_to"] == "max" else max(int(lengths.max()), 1)
         histories = Histories(self.events, rows[HISTORY_START])
-        rows = self.with_histories(rows, width, self.events.items, self.following)
+        rows = self.with_histories(rows, width, self.events.items, self.following, self.gap_numbers)
         return EventBatch((self.join(rows) if join else rows).interaction, histories)
 
-    def with_histories(self, rows: Interaction, width: int, items: Tensor, following: Tensor | None) -> Interaction:
+    def with_histories(
+        self, rows: Interaction, width: int, items: Tensor, following: Tensor | None, gaps: Tensor | None = None
+    ) -> Interaction:
         """``rows`` with padded lists in the place of where they are found.
 
         Args:
@@ -204,9 +254,12 @@ class SequenceDataset(PrefixDataset):
             width: padded length, at least that of the longest history.
             items: of every event ``[n_events]``, on the device of the rows.
             following: of every event the next one's item, 0 where that is no training target; None for histories.
+            gaps: of every event what models read of the time; None where they do not.
         """
         events, valid = history_events(rows[HISTORY_START], rows[self.item_list_length_field], width)
         rows[getattr(self, f"{self.iid_field}_list_field")] = padded(items, events, valid)
+        if gaps is not None:
+            rows[GAPS] = padded(gaps, events, valid)
         if following is not None:
             owned = valid & (events >= rows[TARGETS_FROM].unsqueeze(-1) - 1)
             rows[self.iid_field + TARGETS_SUFFIX] = padded(following, events, owned)
@@ -369,6 +422,7 @@ def _check(config) -> None:
             )
         if config["train_on"] != "sequences":
             raise ConfigError("train_batch_tokens", tokens, "it is for train_on: sequences; use train_batch_size")
+    event_time(config)
     attributes = config["item_attributes"] or []
     if not (isinstance(attributes, list) and all(isinstance(name, str) for name in attributes)):
         raise ConfigError(

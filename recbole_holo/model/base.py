@@ -11,7 +11,8 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor, nn
 
-from recbole_holo.data import TARGETS_SUFFIX
+from recbole_holo.data import GAPS, TARGETS_SUFFIX
+from recbole_holo.data.event_time import event_time
 from recbole_holo.data.histories import Seen, histories_of
 from recbole_holo.errors import ConfigError
 from recbole_holo.layers.bundling import Layout
@@ -73,6 +74,11 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
     without events of their own are scored by what is known of them: with ``cold_items: attributes`` the items that
     never occur in training have no vector of their own, and no part in the loss.
 
+    **Times.** With ``event_time`` the encoder reads, beside each item, when its event came: a batch has ``gap_list [B,
+    L]``, and ``hidden_states`` takes it as the keyword ``gaps``
+    (:class:`~recbole_holo.layers.event_time.EventTime`). A model that does so says ``reads_event_time = True``, and one
+    that reads its items by :meth:`embed_events` has no more to do.
+
     Config keys: ``loss_type`` (CE | BPR | BCE | InfoNCE | SampledCE), ``similarity`` (dot | cosine), ``temperature``
     (float), ``learn_temperature`` (bool), ``item_bias`` (bool), ``seen_items`` (kept | excluded), ``sparse_embedding``
     (bool); of InfoNCE and SampledCE: ``num_negatives`` (int), ``negative_distribution`` (uniform | popularity |
@@ -80,13 +86,15 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
     InfoNCE). Of attributes: ``binding`` (~ | item | role | both | triple | add | concat), ``binding_algebra`` (none |
     unitary), ``binding_scale`` (ortho | none | ~), ``binding_alpha`` (float), ``bind_output`` (bool | added),
     ``cold_items`` (train | attributes), ``attribute_values`` (mean | first), ``attribute_floats`` (quantile | learned),
-    ``attribute_range`` (float), ``attribute_size`` (int).
+    ``attribute_range`` (float), ``attribute_size`` (int). Of times: ``event_time`` (~ | gap | request),
+    ``event_time_form`` (add | role), ``event_time_buckets`` (int).
     """
 
     input_type = InputType.POINTWISE  # negatives, where a loss needs them, are drawn by the model
     carries_state = False  # whether hidden_states takes what is carried from one part of a sequence to the next
     binds_attributes = False  # whether it reads item attributes where the setting ``binding`` says how
     bundles_events = False  # whether it knows the setting ``bundle_size``
+    reads_event_time = False  # whether hidden_states takes what ``event_time`` asks for
 
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
@@ -111,7 +119,10 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         if config["item_bias"]:
             self.item_bias = nn.Parameter(torch.zeros(self.n_items))
             self.item_bias._no_weight_decay = True  # type: ignore[attr-defined]
-        self.served = None
+        self.served = self.event_time = None
+        if event_time(config) and not self.reads_event_time:
+            remedy = f"{type(self).__name__} reads no times: leave it at ~"
+            raise ConfigError("event_time", config["event_time"], remedy)
         self.find_trained_items(config, dataset)
         self.negative_sampler = (
             self._negative_sampler(config, dataset) if self.loss_type in ("InfoNCE", "SampledCE") else None
@@ -159,26 +170,31 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         """Hidden states at every position: ``item_seq [B, L]`` (0 = pad, on the right) → ``[B, L, d]``."""
         raise NotImplementedError
 
-    def token_states(self, item_seq: Tensor) -> tuple[Tensor, Layout | None]:
+    def token_states(self, item_seq: Tensor, gaps: Tensor | None = None) -> tuple[Tensor, Layout | None]:
         """The hidden states there are ``[B, T, d]``, and where the positions' are among them (None: in their places).
 
         :meth:`hidden_states` without the copies for positions that nobody asks for, where T is less than L.
         """
-        return self.hidden_states(item_seq), None
+        times = {} if gaps is None else {"gaps": gaps}  # models without event_time need not take any
+        return self.hidden_states(item_seq, **times), None
+
+    def times_of(self, interaction: Interaction) -> dict[str, Tensor]:
+        """What :meth:`hidden_states` reads of a batch beside its items: ``gaps [B, L]``, or nothing."""
+        return {} if self.event_time is None else {"gaps": interaction[GAPS]}
 
     # ------------------------------------------------------------------ RecBole's interface
-    def forward(self, item_seq: Tensor, item_seq_len: Tensor) -> Tensor:
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor, gaps: Tensor | None = None) -> Tensor:
         """The hidden state after the last item of each history: ``[B, L]``, ``[B]`` → ``[B, d]``."""
-        hidden, layout = self.token_states(item_seq)
+        hidden, layout = self.token_states(item_seq, gaps)
         last = item_seq_len - 1
         return self.gather_indexes(hidden, last if layout is None else layout.token_of.gather(1, last[:, None])[:, 0])
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:
-        item_seq = interaction[self.ITEM_SEQ]
+        item_seq, times = interaction[self.ITEM_SEQ], self.times_of(interaction)
         if self.ITEM_TARGETS in interaction:
             targets = interaction[self.ITEM_TARGETS].flatten()  # [B·L]
             n_targets = getattr(interaction, "n_targets", None)  # known to the loader of whole sequences
-            hidden, layout = self.token_states(item_seq)
+            hidden, layout = self.token_states(item_seq, **times)
             if layout is None and n_targets == len(targets):  # full windows: nothing to select, and no copy to keep
                 where = torch.arange(n_targets, device=targets.device)
                 return self.loss(hidden.flatten(0, 1), targets, self._seen(interaction, where))
@@ -189,7 +205,11 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         lengths, order = interaction[self.ITEM_SEQ_LEN].sort()
         size = -(-len(order) // PREFIX_GROUPS)
         groups = zip(order.split(size), lengths.split(size), strict=True)
-        hidden = torch.cat([self.forward(item_seq[rows, : int(own[-1])], own) for rows, own in groups])
+        parts = []
+        for rows, own in groups:
+            part = {name: values[rows, : int(own[-1])] for name, values in times.items()}
+            parts.append(self.forward(item_seq[rows, : int(own[-1])], own, **part))
+        hidden = torch.cat(parts)
         seen = self._seen(interaction, order * item_seq.shape[1] + lengths - 1)
         return self.loss(hidden, interaction[self.POS_ITEM_ID][order], seen)
 
@@ -211,10 +231,11 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         item_seq, targets = interaction[self.ITEM_SEQ], interaction[self.ITEM_TARGETS]
         parts = targets.split(steps, 1)
         counts = torch.stack([(part > 0).sum() for part in parts]).tolist()  # a GPU is waited for once a batch
-        carried, width = Carried(), item_seq.shape[1]
-        for items, wanted, count in zip(item_seq.split(steps, 1), parts, counts, strict=True):
+        carried, width, times = Carried(), item_seq.shape[1], self.times_of(interaction)
+        for i, (items, wanted, count) in enumerate(zip(item_seq.split(steps, 1), parts, counts, strict=True)):
+            part = {name: values[:, i * steps : (i + 1) * steps] for name, values in times.items()}
             with torch.set_grad_enabled(count > 0):
-                hidden = self.hidden_states(items, carried)  # type: ignore[call-arg]
+                hidden = self.hidden_states(items, carried, **part)  # type: ignore[call-arg]
             if count:
                 where = positions_of(wanted.flatten() > 0, count)
                 row, step = where // items.shape[1], where % items.shape[1]
@@ -223,12 +244,16 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
                 yield self.loss(states, targets, seen) * (count / sum(counts))
             carried.position += items.shape[1]
 
+    def last_states(self, interaction: Interaction) -> Tensor:
+        """:meth:`forward` of a batch: ``[B, d]``."""
+        times = self.times_of(interaction)
+        return self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], **times)
+
     def predict(self, interaction: Interaction) -> Tensor:
-        hidden = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
-        return self.score_pairs(hidden, interaction[self.ITEM_ID])
+        return self.score_pairs(self.last_states(interaction), interaction[self.ITEM_ID])
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
-        return self.score_all(self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN]))
+        return self.score_all(self.last_states(interaction))
 
     # ------------------------------------------------------------------ scoring and loss
     def _query(self, hidden: Tensor) -> Tensor:

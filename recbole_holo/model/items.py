@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recbole_holo.data.event_time import UNKNOWN, event_time
 from recbole_holo.errors import ConfigError
 from recbole_holo.layers.attributes import ATTRIBUTE_VALUES
 from recbole_holo.layers.carried import Watched
+from recbole_holo.layers.event_time import FORMS as EVENT_TIME_FORMS
+from recbole_holo.layers.event_time import EventTime
 from recbole_holo.layers.holographic import ALGEBRAS, FLOATS, FORMS, WITHOUT_ITEM, AttributeBinding
 from recbole_holo.model.settings import one_of, positive_int, positive_number
 from recbole_holo.ops.circular_convolution import SCALES
@@ -30,6 +33,7 @@ class BoundItems:
         trained_items: the ids that take part in training, the pad first; None = all.
         trained_number: of each id, its place among these.
         served: compressed tables in the place of all these (:mod:`recbole_holo.inference.compression`).
+        event_time: what the time between events adds to items that are read; None = nothing.
     """
 
     n_items: int
@@ -43,6 +47,7 @@ class BoundItems:
     bind_output: bool
     scored_products: bool
     served: Any
+    event_time: EventTime | None
     trained_items: Tensor | None
     trained_number: Tensor
 
@@ -53,10 +58,14 @@ class BoundItems:
         self.binding, self.head = None, None if tied else nn.Linear(d, self.n_items, bias=False)
         attributes = list(getattr(dataset, "item_attributes", {}).values()) if config["binding"] else []
         if attributes:
-            self.binding = attribute_binding(config, attributes, d, std or (2 / (self.n_items + d)) ** 0.5)
+            self.binding = attribute_binding(config, attributes, d, _item_std(self.n_items, d, std))
         self.bind_output, self.scored_products = self._output(config["bind_output"])
         if self.trained_items is not None:
             self._forget_cold_items(self.trained_items)
+        kind = event_time(config)
+        if kind is not None:
+            form = one_of("event_time_form", config["event_time_form"] or "add", EVENT_TIME_FORMS)
+            self.event_time = EventTime(d, config["event_time_buckets"], _item_std(self.n_items, d, std), kind, form)
 
     def _output(self, wanted: bool | str | None) -> tuple[bool, bool]:
         if wanted not in (None, False, True, "added"):
@@ -98,6 +107,22 @@ class BoundItems:
         if torch.is_grad_enabled() or self.training:
             return self.binding(self.item_embedding(items), items)
         return F.embedding(items, self._bound(self.item_embedding.weight, products=True))
+
+    def embed_events(self, items: Tensor, gaps: Tensor | None = None) -> Tensor:
+        """:meth:`embed_items` with what their times add: ``[..., d]``.
+
+        ``gaps [...]`` are a batch's; None = nothing is known of any time. A model without ``event_time`` reads none.
+        """
+        x = self.embed_items(items)
+        return x if self.event_time is None else x + self.embed_gaps(known(gaps, items))
+
+    def embed_gaps(self, gaps: Tensor) -> Tensor:
+        """What times add: ``[...]`` → ``[..., d]``."""
+        part = self.event_time
+        assert part is not None
+        if torch.is_grad_enabled() or self.training:
+            return part(gaps)
+        return F.embedding(gaps, self.folded("event time", part.table, part))
 
     def item_vectors(self) -> Tensor:
         """The table ``[n_items, d]`` that hidden states are scored against."""
@@ -181,6 +206,16 @@ def attribute_binding(config, attributes: list, d: int, item_std: float) -> Attr
         if form != "concat":
             raise ConfigError("attribute_size", width, "only binding: concat has attributes of another width: use ~")
     return AttributeBinding(attributes, d, item_std, form, alpha=float(alpha), std=std, width=width, **settings)
+
+
+def known(gaps: Tensor | None, items: Tensor) -> Tensor:
+    """``gaps``, or those of ``items [...]`` of whose times nothing is known."""
+    return torch.full_like(items, UNKNOWN) if gaps is None else gaps
+
+
+def _item_std(n_items: int, d: int, std: float | None) -> float:
+    """Standard deviation of items' vectors at the start: ``std``, None = that of :func:`item_table`'s Xavier."""
+    return std or (2 / (n_items + d)) ** 0.5
 
 
 def item_table(n_items: int, d: int, std: float | None) -> nn.Embedding:

@@ -50,6 +50,7 @@ class SequenceSASRec(SequenceRecommender):
     """
 
     binds_attributes = True
+    reads_event_time = True
 
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
@@ -83,17 +84,18 @@ class SequenceSASRec(SequenceRecommender):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).transpose(1, 2)
 
-    def embed(self, item_seq: Tensor) -> Tensor:
+    def embed(self, item_seq: Tensor, gaps: Tensor | None = None) -> Tensor:
         """``[B, L]`` → ``[B, L, d]``."""
         length = item_seq.shape[1]
         if length > self.max_seq_length:
             remedy = f"a sequence of {length} has positions beyond the learned table: raise it"
             raise ConfigError("MAX_ITEM_LIST_LENGTH", self.max_seq_length, remedy)
-        return self.embed_items(item_seq) + self.position_embedding(torch.arange(length, device=item_seq.device))
+        positions = self.position_embedding(torch.arange(length, device=item_seq.device))
+        return self.embed_events(item_seq, gaps) + positions
 
-    def hidden_states(self, item_seq: Tensor) -> Tensor:
+    def hidden_states(self, item_seq: Tensor, gaps: Tensor | None = None) -> Tensor:
         valid = item_seq > 0
-        h = self.dropout(self.LayerNorm(self.embed(item_seq)))  # [B, L, d]
+        h = self.dropout(self.LayerNorm(self.embed(item_seq, gaps)))  # [B, L, d]
         h = self.trm_encoder(h, lambda q, k, v: self.attend(q, k, v, valid))
         return self.final_norm(h)
 

@@ -9,6 +9,7 @@ from recbole_holo.errors import ConfigError
 from recbole_holo.layers.bundling import Layout, TemporalBundling
 from recbole_holo.layers.carried import Carried
 from recbole_holo.model.base import SequenceRecommender
+from recbole_holo.model.items import known
 from recbole_holo.model.settings import one_of, positive_int
 from recbole_holo.model.stepping import Stepping
 
@@ -35,6 +36,7 @@ class StateSpaceRecommender(Stepping, SequenceRecommender):
     carries_state = True
     binds_attributes = True
     bundles_events = True
+    reads_event_time = True
 
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
@@ -68,14 +70,17 @@ class StateSpaceRecommender(Stepping, SequenceRecommender):
         """Vectors of items ``[B, L, d]`` → hidden states ``[B, L, d]``; causal, so pads on the right move nothing."""
         raise NotImplementedError
 
-    def hidden_states(self, item_seq: Tensor, carried: Carried | None = None) -> Tensor:
+    def hidden_states(self, item_seq: Tensor, carried: Carried | None = None, gaps: Tensor | None = None) -> Tensor:
         if self.bundling is None or carried is not None:
-            return self.encode_vectors(self.embed_items(item_seq), carried)
-        hidden, layout = self.token_states(item_seq)
+            return self.encode_vectors(self.embed_events(item_seq, gaps), carried)
+        hidden, layout = self.token_states(item_seq, gaps)
         return hidden if layout is None else layout.spread(hidden)
 
-    def token_states(self, item_seq: Tensor) -> tuple[Tensor, Layout | None]:
+    def token_states(self, item_seq: Tensor, gaps: Tensor | None = None) -> tuple[Tensor, Layout | None]:
         if self.bundling is None:
-            return super().token_states(item_seq)
-        tokens, layout = self.bundling(item_seq, (item_seq > 0).sum(1), self.embed_items)
+            return super().token_states(item_seq, gaps)
+        lengths = (item_seq > 0).sum(1)
+        tokens, layout = self.bundling(item_seq, lengths, self.embed_items)
+        if self.event_time is not None:  # a bundle of sums is the sum of two bundles
+            tokens = tokens + self.bundling(known(gaps, item_seq), lengths, self.embed_gaps)[0]
         return self.encode_vectors(tokens), layout

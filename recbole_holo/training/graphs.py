@@ -70,13 +70,13 @@ class EncoderGraphs:
         """``model.hidden_states`` replays graphs inside the block, which is for training mode only."""
         eager = self.model.hidden_states
 
-        def hidden_states(item_seq: Tensor) -> Tensor:
+        def hidden_states(item_seq: Tensor, **times: Tensor) -> Tensor:
             if self._failed or len(item_seq) != self.batch_rows:
-                return eager(item_seq)
+                return eager(item_seq, **times)
             if item_seq.shape[1] not in self._encoders:
-                self._capture(eager, item_seq)
-                return hidden_states(item_seq)
-            return self._encoders[item_seq.shape[1]](item_seq)
+                self._capture(eager, item_seq, times)
+                return hidden_states(item_seq, **times)
+            return self._encoders[item_seq.shape[1]](item_seq, *times.values())
 
         object.__setattr__(self.model, "hidden_states", hidden_states)
         try:
@@ -84,12 +84,12 @@ class EncoderGraphs:
         finally:
             object.__delattr__(self.model, "hidden_states")
 
-    def _capture(self, eager: Callable[[Tensor], Tensor], item_seq: Tensor) -> None:
+    def _capture(self, eager: Callable[..., Tensor], item_seq: Tensor, times: dict[str, Tensor]) -> None:
         state = torch.cuda.get_rng_state(item_seq.device)
         try:
-            encoder: Any = torch.cuda.make_graphed_callables(
-                _Encoder(self.model, eager), (item_seq.clone(),), allow_unused_input=True, pool=self._pool
-            )
+            module = _Encoder(self.model, eager, list(times))
+            given = (item_seq.clone(), *(values.clone() for values in times.values()))
+            encoder: Any = torch.cuda.make_graphed_callables(module, given, allow_unused_input=True, pool=self._pool)
             self._encoders[item_seq.shape[1]] = encoder
         except RuntimeError as error:
             if not self.may_fail:
@@ -102,12 +102,12 @@ class EncoderGraphs:
 class _Encoder(nn.Module):
     """One call of ``hidden_states`` as the module that capturing wants, with the model's parameters."""
 
-    def __init__(self, model: nn.Module, encode: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, model: nn.Module, encode: Callable[..., Tensor], names: list[str]) -> None:
         super().__init__()
-        self.model, self._encode = model, encode
+        self.model, self._encode, self._names = model, encode, names
 
-    def forward(self, item_seq: Tensor) -> Tensor:
-        return self._encode(item_seq)
+    def forward(self, item_seq: Tensor, *times: Tensor) -> Tensor:
+        return self._encode(item_seq, **dict(zip(self._names, times, strict=True)))
 
 
 def width_multiple(max_length: int) -> int:

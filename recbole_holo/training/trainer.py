@@ -437,7 +437,7 @@ class HoloTrainer(SafeCheckpoints, Trainer):
             return super()._neg_sample_batch_eval(batched_data)
         user_row, row, item = (index.to(self.device) for index in candidates)
         histories = histories.to(self.device)
-        hidden = self.model.forward(histories[self.model.ITEM_SEQ], histories[self.model.ITEM_SEQ_LEN])
+        hidden = self.model.last_states(histories)
         n_users = int(user_row[-1]) + 1
         scores = torch.full((n_users, self.tot_item_num), -np.inf, device=self.device)
         scores[user_row, item] = self.model.score_pairs(hidden[row], item).float()
