@@ -2,7 +2,9 @@
 
 The graph takes ``items [B]``, ``events [B]`` (how many events the state has read; both int64) and ``numbers [B, S]``,
 and gives ``scores [B, n_items]`` and the ``numbers`` after the event; B is free. S and where what is in it say
-``model.state_layout()``; a new user's numbers are zeros. Tables are folded in, attributes with them.
+``model.state_layout()``; a new user's numbers are zeros. Tables are folded in, attributes with them. Of a model with
+``event_time`` it also takes ``gaps [B]`` (int64), what the catalogue's
+:class:`~recbole_holo.data.event_time.GapBuckets` make of the time since the user's event before.
 """
 
 from __future__ import annotations
@@ -45,13 +47,26 @@ class StepGraph(nn.Module):
             every = torch.arange(recommender.n_items, device=next(model.parameters()).device)
             self.register_buffer("read", recommender.embed_items(every).clone())
             self.register_buffer("scored", recommender.scored_table().clone())
+            self.register_buffer("times", None if model.event_time is None else model.event_time.table().clone())
 
     read: Tensor
+    times: Tensor | None
     scored: Tensor
     model: Any
 
-    def forward(self, items: Tensor, events: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, numbers = self.model.read_vectors(F.embedding(items, self.read), events, numbers)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of its inputs."""
+        return NAMES if self.times is None else (*NAMES, "gaps")
+
+    def forward(
+        self, items: Tensor, events: Tensor, numbers: Tensor, gaps: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x = F.embedding(items, self.read)
+        if self.times is not None:
+            assert gaps is not None
+            x = x + F.embedding(gaps, self.times)
+        hidden, numbers = self.model.read_vectors(x, events, numbers)
         query = F.normalize(hidden, dim=-1) if self.model.cosine else hidden
         return F.linear(query, self.scored, self.model.item_bias), numbers
 
@@ -68,7 +83,7 @@ def export_step(model: Any) -> torch.export.ExportedProgram:
         given = _example(graph)
         graph(*given)  # what is computed once and kept is there before the trace
         batch = torch.export.Dim("batch", min=1)
-        shapes = {name: {0: batch} for name in NAMES}
+        shapes = {name: {0: batch} for name in graph.names}
         return torch.export.export(graph, given, dynamic_shapes=shapes, strict=False)
 
 
@@ -87,7 +102,7 @@ def export_onnx(model: Any, path: str | os.PathLike[str]) -> None:
     program = export_step(model)
     torch.onnx.export(
         program,
-        input_names=list(NAMES),
+        input_names=[*NAMES, *(["gaps"] if model.event_time is not None else [])],
         output_names=["scores", "next_numbers"],
         dynamo=True,
         external_data=False,
@@ -95,9 +110,10 @@ def export_onnx(model: Any, path: str | os.PathLike[str]) -> None:
     ).save(os.fspath(path))  # type: ignore[union-attr]
 
 
-def _example(graph: StepGraph) -> tuple[Tensor, Tensor, Tensor]:
+def _example(graph: StepGraph) -> tuple[Tensor, ...]:
     state = graph.model.init_state(2)
-    return torch.ones_like(state.events), state.events, state.numbers
+    given = torch.ones_like(state.events), state.events, state.numbers
+    return given if graph.times is None else (*given, torch.ones_like(state.events))
 
 
 @contextmanager

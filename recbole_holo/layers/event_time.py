@@ -37,23 +37,23 @@ class EventTime(nn.Module):
     def __init__(self, d_model: int, buckets: int, std: float, kind: str = "gap", form: str = "add") -> None:
         super().__init__()
         self.kind, self.form = kind, form
-        times = 2 if kind == "request" else 1
-        self.vectors = nn.Parameter(torch.empty(times, buckets, d_model).normal_(std=std))
+        self.buckets, times = buckets, 2 if kind == "request" else 1
+        self.vectors = nn.Parameter(torch.empty(times * buckets, d_model).normal_(std=std))
         if form == "role":
             self.roles = nn.Parameter(torch.randn(times, d_model))
             self.beta = nn.Parameter(torch.full((times,), 0.5))
 
     def extra_repr(self) -> str:
-        return f"{self.kind}, {self.form}, buckets={self.vectors.shape[1]}"
+        return f"{self.kind}, {self.form}, buckets={self.buckets}"
 
     @property
     def numbers(self) -> int:
         """How many different :meth:`forward` takes."""
-        return self.vectors.shape[1] ** self.vectors.shape[0]
+        return self.buckets ** (2 if self.kind == "request" else 1)
 
     def table(self) -> Tensor:
         """What each number adds: ``[n, d]``, or ``[n², d]`` where number b + n·a is bucket b before and a after."""
-        terms: Tensor = self.vectors
+        terms = self.vectors.unflatten(0, (-1, self.buckets))
         if self.form == "role":
             terms = self.beta[:, None, None] * bind(self.roles.unsqueeze(1), terms, "ortho")
         return terms[0] if len(terms) == 1 else (terms[1].unsqueeze(1) + terms[0]).flatten(0, 1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from recbole_holo.layers.bundling import TemporalBundling
 from recbole_holo.layers.carried import Carried, Recurrent, Watched
+from recbole_holo.layers.event_time import EventTime
 from recbole_holo.layers.traced_step import step_program
 from recbole_holo.ops import backend
 from recbole_holo.ops.mamba_block import MambaState
@@ -32,7 +33,8 @@ class State(NamedTuple):
     """
 
     events: Tensor  # [B] int64: how many were read
-    recent: Tensor  # [B, R] int64: the events not in a bundle yet, oldest first, then 0; R = 0 without bundling
+    recent: Tensor  # [B, R] int64: the events not in a bundle yet, oldest first, then 0; R = 0 without bundling. An
+    # event is its item's number, plus n_items times what a model with ``event_time`` reads of its time.
     numbers: Tensor  # [B, S] float32
 
     def rows(self, index: Tensor | slice) -> State:
@@ -96,12 +98,18 @@ class Stepping(nn.Module):
     go on from their states behind the last bundle: they read the new one, and the R events after it again, which is
     R/k + 1 tokens an event on average, whatever the length of the history.
 
+    A model with ``event_time`` is given what it reads of the events' times as ``gaps``, in the shape of the items; None
+    = nothing is known of them.
+
     Nothing here has a gradient. Call ``model.eval()`` first.
     """
 
     hidden_size: int
+    n_items: int
     bundling: TemporalBundling | None
+    event_time: EventTime | None
     embed_items: Any
+    embed_events: Any
     encode_vectors: Any
 
     def state_layout(self) -> StateLayout:
@@ -121,7 +129,9 @@ class Stepping(nn.Module):
         )
 
     @torch.no_grad()
-    def step(self, items: Tensor, state: State, in_place: bool = False) -> tuple[Tensor, State]:
+    def step(
+        self, items: Tensor, state: State, in_place: bool = False, gaps: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """One event more of each history: ``items [B]``, no pads → hidden ``[B, d]`` and the state then.
 
         With ``in_place`` the tensors of ``state`` may be overwritten, which saves copying them.
@@ -131,40 +141,48 @@ class Stepping(nn.Module):
         if not in_place:
             state = State(*(tensor.clone() for tensor in state))
         if bundling is None:
-            return self._step(items, state, state.events)
+            return self._step(self.embed_events(items, gaps), state, state.events)
+        items = self._with_times(items, gaps)
         full = state.events - self._bundles(state.events) * bundling.size == bundling.recent + bundling.size - 1
         if bool(full.any()):
-            _, advanced = self.advance(items[full].unsqueeze(1), state.rows(full))
+            _, advanced = self._advance(items[full].unsqueeze(1), state.rows(full), bundling)
             for mine, theirs in zip(state, advanced, strict=True):
                 mine[full] = theirs
         rest = ~full
         if bool(rest.all()):
-            return self._step(items, self._remember(items, state), self._tokens(state.events))
+            return self._step(self._embed(items), self._remember(items, state), self._tokens(state.events))
         if bool(rest.any()):
             part = self._remember(items[rest], state.rows(rest))
-            _, stepped = self._step(items[rest], part, self._tokens(part.events))
+            _, stepped = self._step(self._embed(items[rest]), part, self._tokens(part.events))
             for mine, theirs in zip(state, stepped, strict=True):
                 mine[rest] = theirs
         return self.last_hidden(state), state
 
-    def encode(self, histories: Tensor) -> State:
+    def encode(self, histories: Tensor, gaps: Tensor | None = None) -> State:
         """The state after histories ``[B, L]``, pads (0) on the right, read in one parallel pass."""
-        return self.advance(histories, self.init_state(len(histories)), in_place=True)[1]
+        return self.advance(histories, self.init_state(len(histories)), in_place=True, gaps=gaps)[1]
 
     @torch.no_grad()
-    def advance(self, items: Tensor, state: State, in_place: bool = False) -> tuple[Tensor, State]:
+    def advance(
+        self, items: Tensor, state: State, in_place: bool = False, gaps: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """Some events more of each history: ``items [B, L]``, pads (0) on the right → hidden ``[B, d]`` and the state
         then, in one parallel pass. A row of pads stays as it was. ``in_place`` as for :meth:`step`."""
         self._check_mode()
         if not in_place:
             state = state._replace(numbers=state.numbers.clone())
-        lengths = (items > 0).sum(1)
-        bundling = self._bundled()
+        bundling, items = self._bundled(), self._with_times(items, gaps)
         if bundling is None:
+            lengths = (items > 0).sum(1)
             self._read(items, lengths, state.events, state.numbers, "now")
             state = State(state.events + lengths, state.recent, state.numbers)
             return self.last_hidden(state), state
-        # What is not in a bundle yet, and what is new, as one sequence; then as in the parallel pass over everything.
+        return self._advance(items, state, bundling)
+
+    def _advance(self, items: Tensor, state: State, bundling: TemporalBundling) -> tuple[Tensor, State]:
+        """:meth:`advance` with bundles; what is not in one yet, and what is new, as one sequence, and then as in the
+        parallel pass over everything."""
+        lengths = (items > 0).sum(1)
         k, before = bundling.size, self._bundles(state.events)
         kept = state.events - before * k
         items = _joined(state.recent, kept, items, lengths)
@@ -174,7 +192,7 @@ class Stepping(nn.Module):
         if most:
             width = most * k
             grown = items if items.shape[1] >= width else nn.functional.pad(items, (0, width - items.shape[1]))
-            bundles = bundling.bundles(grown[:, :width].unflatten(1, (most, k)), self.embed_items)
+            bundles = bundling.bundles(grown[:, :width].unflatten(1, (most, k)), self._embed)
             self._read(bundles, windows, before, numbers, "bundled")
         remaining = total - (before + windows) * k
         recent = _from(items, windows * k, remaining, state.recent.shape[1])
@@ -189,8 +207,8 @@ class Stepping(nn.Module):
     def read_vectors(self, x: Tensor, position: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """One event more without bundles, as a function of tensors that changes none of them: for graphs.
 
-        ``x [B, d]`` as :meth:`embed_items` gives it, at ``position [B]``, and the numbers ``[B, S]`` before it → hidden
-        ``[B, d]`` and the numbers after it.
+        ``x [B, d]`` as :meth:`embed_events` gives it, at ``position [B]``, and the numbers ``[B, S]`` before it →
+        hidden ``[B, d]`` and the numbers after it.
         """
         carried = Carried(position, self._states(numbers, "now"))
         hidden = self.encode_vectors(x.unsqueeze(1), carried)[:, 0]
@@ -202,9 +220,19 @@ class Stepping(nn.Module):
         return state.numbers[:, : self.state_layout().fields[0].end]
 
     # ------------------------------------------------------------------ inside
-    def _step(self, items: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
-        """One token more, in the place of ``state.numbers``."""
-        program, x = self._program(), self.embed_items(items)
+    def _with_times(self, items: Tensor, gaps: Tensor | None) -> Tensor:
+        """Events ``[...]`` as one number each, pads as 0; see :class:`State`."""
+        return items if self.event_time is None or gaps is None else items + self.n_items * gaps * (items > 0)
+
+    def _embed(self, events: Tensor) -> Tensor:
+        """What the encoder reads of events ``[...]``: ``[..., d]``."""
+        if self.event_time is None:
+            return self.embed_items(events)
+        return self.embed_events(events % self.n_items, events.div(self.n_items, rounding_mode="floor"))
+
+    def _step(self, x: Tensor, state: State, position: Tensor) -> tuple[Tensor, State]:
+        """One token ``[B, d]`` more, in the place of ``state.numbers``."""
+        program = self._program()
         if program is not None:
             hidden = program(x, position, state.numbers)
         else:
@@ -214,11 +242,11 @@ class Stepping(nn.Module):
         return hidden, State(state.events + 1, state.recent, state.numbers)
 
     def _read(self, what: Tensor, lengths: Tensor, position: Tensor, numbers: Tensor, when: str) -> None:
-        """Items ``[B, L]`` or vectors ``[B, L, d]``, of which ``lengths [B]`` count, in the place of ``numbers``."""
+        """Events ``[B, L]`` or vectors ``[B, L, d]``, of which ``lengths [B]`` count, in the place of ``numbers``."""
         for part in what.split(PART, 1):
             own = lengths.clamp(max=part.shape[1])
             carried = Carried(position, self._states(numbers, when), own)
-            hidden = self.encode_vectors(part if part.dim() == 3 else self.embed_items(part), carried)
+            hidden = self.encode_vectors(part if part.dim() == 3 else self._embed(part), carried)
             last = hidden.gather(1, (own - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1]))[:, 0]
             width = hidden.shape[-1]
             numbers[:, :width] = torch.where(own.unsqueeze(-1) > 0, last.to(numbers.dtype), numbers[:, :width])

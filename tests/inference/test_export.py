@@ -57,6 +57,26 @@ def test_onnx(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(numbers, state.numbers.numpy(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["add", "role"])
+def test_the_time_before_an_event_is_an_input(form: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    model, _ = served("RecMamba", event_time="gap", event_time_form=form, event_time_buckets=6)
+    torch.nn.init.normal_(model.event_time.vectors)
+    export_onnx(model, tmp_path / "step.onnx")
+    session = onnxruntime.InferenceSession(str(tmp_path / "step.onnx"), providers=["CPUExecutionProvider"])
+    items, state = histories(), model.init_state(5)
+    gaps, numbers = items % 6, state.numbers.numpy()
+    for t, (column, since) in enumerate(zip(items.T, gaps.T, strict=True)):
+        given = {"items": column.numpy(), "events": np.full(5, t), "numbers": numbers, "gaps": since.numpy()}
+        wanted = {one.name for one in session.get_inputs()}
+        scores, numbers = session.run(["scores", "next_numbers"], {k: v for k, v in given.items() if k in wanted})
+        hidden, state = model.step(column, state, gaps=since)
+    with torch.no_grad():
+        np.testing.assert_allclose(scores, model.score_all(hidden).numpy(), rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(hidden, model.forward(items, torch.full((5,), 9)), rtol=1e-2)
+
+
 def test_what_has_no_graph() -> None:
     with pytest.raises(ConfigError, match=r"bundle_inference: 3 .* a graph cannot follow"):
         export_step(served(bundle_size=3, bundle_recent=5)[0])
