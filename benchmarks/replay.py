@@ -104,6 +104,8 @@ def main() -> None:
     every = test.dataset._events
     fields = (train.dataset.uid_field, model.ITEM_ID, config["TIME_FIELD"])
     users, items, times = (every[field].numpy() for field in fields)
+    if test.dataset.event_times is not None:  # a model that reads times is given them as its training was
+        times = test.dataset.event_times
     rows = test.dataset.inter_feat
     test_users = rows[train.dataset.uid_field].numpy()
     # Events before the test target: to its row from the user's first.
@@ -125,7 +127,7 @@ def main() -> None:
     name = f"replay-{config['model']}-{config['dataset']}-{longest}"
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
     keys = ("model", "dataset", "seed", "MAX_ITEM_LIST_LENGTH")
-    keys += ("binding", "binding_scale", "bind_output", "epochs")
+    keys += ("binding", "binding_scale", "bind_output", "event_time", "epochs")
     training = "python run_recbole_holo.py " + " ".join(f"--{key}={config[key]}" for key in keys)
     text = f"# {config['model']} on {config['dataset']}, replayed\n\n    {training}\n    "
     text += f"python -m benchmarks.replay CHECKPOINT --storages {' '.join(options.storages)}\n\n{about}\n\n"

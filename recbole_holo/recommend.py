@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     flags.add_argument("--checkpoint", required=True, help="file written by a run")
     flags.add_argument("--history", help='items, oldest first, by title or id: "Toy Story|Heat"')
+    flags.add_argument("--times", help="of the history's events, for a model that reads them: 978300019|978300055")
     flags.add_argument("--user", help="a user whose states are in the store")
     flags.add_argument("--store", help="file of an SQLiteStore")
     flags.add_argument("--interactive", action="store_true", help="take items one at a time, from the keyboard")
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.user is not None:
             print(with_basis(recommender.recommend(args.user, **settings)))
         else:
-            print(with_basis(recommender.recommend(history=history, **settings)))
+            times = None if args.times is None else [number_of(text) for text in args.times.split("|")]
+            print(with_basis(recommender.recommend(history=history, timestamps=times, **settings)))
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -71,6 +73,14 @@ def binds(recommender: Recommender) -> bool:
 def token_of(recommender: Recommender, text: str) -> str:
     """An item's id, by its id or title."""
     return recommender.catalogue.tokens[recommender.catalogue.find(text.strip())]
+
+
+def number_of(text: str) -> float:
+    """A time."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ConfigError("times", text, "use numbers, such as seconds") from error
 
 
 def with_basis(found: Recommendations) -> str:

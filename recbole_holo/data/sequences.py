@@ -129,6 +129,7 @@ class SequenceDataset(PrefixDataset):
         gap_numbers: of every event ``[n_events]``, what a model reads of the time; likewise. Batches have it as
             ``gap_list [B, L]``: also a window's first event has its own, and nothing in it is later than the event
             unless ``event_time: request`` says so.
+        event_times: of every event, in float64; likewise, and not of benchmark files.
     """
 
     item_feat: Any
@@ -136,6 +137,7 @@ class SequenceDataset(PrefixDataset):
     following: Tensor | None = None
     gap_buckets: GapBuckets | None = None
     gap_numbers: Tensor | None = None
+    event_times: np.ndarray | None = None
     _gaps: Gaps | None = None
 
     def __init__(self, config) -> None:
@@ -169,7 +171,8 @@ class SequenceDataset(PrefixDataset):
 
     def _read_gaps(self, events: pd.DataFrame) -> Gaps:
         if self.config["benchmark_filename"] is None:
-            return Gaps.between(events[self.time_field].to_numpy(np.float64), events[self.uid_field].to_numpy())
+            self.event_times = events[self.time_field].to_numpy(np.float64)
+            return Gaps.between(self.event_times, events[self.uid_field].to_numpy())
         lists = f"{self.time_field}{self.config['LIST_SUFFIX']}"
         for field in (self.time_field, lists):
             if field not in events:

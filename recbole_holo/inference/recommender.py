@@ -19,12 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recbole_holo.data.catalogue import Catalogue
+from recbole_holo.data.event_time import GapBuckets
 from recbole_holo.errors import ConfigError
 from recbole_holo.explain import readings_of
 from recbole_holo.inference.compression import Compression, compress
 from recbole_holo.inference.records import Codec, Record, StateError, check_finite, event_key
 from recbole_holo.inference.retrieval import FaissIndex, best_of, top_items
 from recbole_holo.inference.stores import MemoryStore, StateStore, StoreError
+from recbole_holo.layers.event_time import EventTime
 from recbole_holo.model.stepping import State, Stepping
 
 LATE = ("append", "skip")
@@ -39,7 +41,9 @@ class Event:
     """A user and an item, by their ids.
 
     Args:
-        timestamp: any numbers that grow with time; None = now, whatever the events before had.
+        timestamp: any numbers that grow with time; None = now, whatever the events before had. A model with
+            ``event_time`` reads it, and needs it in the data set's own unit; None tells it that nothing is known of the
+            time since the event before.
         id: of the event; one that the user's latest 64 events have changes nothing.
     """
 
@@ -94,6 +98,14 @@ class Recommendations:
         return tabulate(shown, headers="keys", disable_numparse=True)
 
 
+class _History(NamedTuple):
+    """Of one user, oldest first, what the model knows of it."""
+
+    items: np.ndarray  # numbers, int32
+    gaps: np.ndarray  # the time before each in the data set's unit, nan = unknown
+    time: float  # of the latest, nan = unknown
+
+
 class Recommender:
     """Keeps a state of constant size for each user, and answers from it.
 
@@ -106,6 +118,10 @@ class Recommender:
     **Order.** A state is moved on in the order in which events arrive. An event that is older than the user's latest is
     *late*: ``append`` reads it as if it came now, ``skip`` leaves it out; either way it is counted. Only
     :meth:`rebuild` puts history into its true order.
+
+    **Times.** A model with ``event_time: gap`` reads how long after the user's latest event an event came, in the
+    buckets of its training data. A late event is read as if no time had passed, a user's first event and one without a
+    timestamp (the log says so once) as if nothing were known; after the latter, times count from the event with one.
 
     **Repetition.** An event with the id of one of the user's latest 64 events changes nothing.
 
@@ -128,7 +144,7 @@ class Recommender:
     state raises a StoreError until :meth:`rebuild`.
 
     Raises:
-        ConfigError: a model without a state, or a setting that cannot be used.
+        ConfigError: a model without a state, one that reads the time of the request, or a setting that cannot be used.
     """
 
     def __init__(
@@ -150,6 +166,8 @@ class Recommender:
             raise ConfigError("remember", remember, "use 0 or more items")
         self.model: Any = model.eval()
         self.catalogue = Catalogue.of(items)
+        self._buckets = self._gap_buckets()
+        self._told = False  # that an event had no time
         self.store = MemoryStore() if store is None else store
         self.version = self._version(storage)
         leaves = not isinstance(self.store, MemoryStore)
@@ -163,6 +181,22 @@ class Recommender:
         self.stale = self.store.version not in (None, self.version)
         if self.store.version is None:
             self.store.replace(self.version, ())
+
+    def _gap_buckets(self) -> GapBuckets | None:
+        """In which the model reads the time between events, if it does."""
+        part: EventTime | None = self.model.event_time
+        if part is None:
+            return None
+        if part.kind == "request":
+            remedy = "a state would have to wait for the time of the next request: serve a model with event_time: gap"
+            raise ConfigError("event_time", part.kind, remedy)
+        if self.catalogue.gap_buckets is None:
+            remedy = "the model reads times: pass the training split (train_data.dataset), which knows the buckets"
+            raise ConfigError("items", self.catalogue.dataset_name, remedy)
+        if self.model.state_layout().recent and self.model.n_items * part.numbers >= 2**31:
+            remedy = f"{self.model.n_items:,} items in {part.numbers} buckets are too many for a bundled state: use 1"
+            raise ConfigError("bundle_inference", self.model.bundling.size, remedy)
+        return self.catalogue.gap_buckets
 
     @classmethod
     def load(
@@ -226,13 +260,17 @@ class Recommender:
         return outcomes
 
     def rebuild(
-        self, histories: Iterable[tuple[str, Sequence[str]]], total: int | None = None, show_progress: bool = True
+        self,
+        histories: Iterable[tuple[str, Sequence[str]] | tuple[str, Sequence[str], Sequence[float]]],
+        total: int | None = None,
+        show_progress: bool = True,
     ) -> Counter[str]:
-        """States from whole histories ``(user, items in the order of time)``, encoded in parallel, in the place of all
-        states in the store; until all are made, the store is as before.
+        """States from whole histories ``(user, items in the order of time)``, or with their times ``(user, items,
+        timestamps)``, encoded in parallel, in the place of all states in the store; until all are made, the store is as
+        before.
 
-        Histories have neither times nor event ids: what comes next is late for nobody, and repeats nothing. Leave out
-        what will be sent again.
+        Histories have no event ids, so that what comes next repeats nothing: leave out what will be sent again. Without
+        times what comes next is late for nobody, and a model with ``event_time`` knows of no time.
 
         Returns:
             how many events were ``applied``, and ``skipped: unknown item``.
@@ -253,10 +291,12 @@ class Recommender:
         exclude_seen: bool | None = None,
         candidates: Sequence[str] | None = None,
         why: bool = False,
+        timestamps: Sequence[float] | None = None,
     ) -> Recommendations:
         """The k best items for a user whose events came before, or for a history of items, oldest first.
 
         Args:
+            timestamps: of the history's events, for a model with ``event_time``.
             exclude_seen: leave out what the user has (of a stored user, the latest ``remember`` items); None: as the
                 model was trained, :attr:`excludes_seen`.
             candidates: only these.
@@ -271,11 +311,11 @@ class Recommender:
         if history is None:
             assert user is not None
             return self.recommend_many([user], k, exclude_seen, candidates, why)[0]
-        numbers = [self.catalogue.numbers.get(item, 0) for item in history]
-        unknown = [item for item, number in zip(history, numbers, strict=True) if not number]
-        known = np.array([number for number in numbers if number], dtype=np.int32)
+        unknown = [item for item in history if item not in self.catalogue.numbers]
+        known = self._known(history, timestamps)
+        seen = known.items
         hidden = self._hidden_of([known])
-        return self._answer([None], hidden, [known], [len(known) > 0], k, exclude_seen, candidates, why, unknown)[0]
+        return self._answer([None], hidden, [seen], [len(seen) > 0], k, exclude_seen, candidates, why, unknown)[0]
 
     def recommend_many(
         self,
@@ -335,15 +375,16 @@ class Recommender:
         with self._lock, self.store.holding(users):
             stored = zip(self.store.get(users), users, strict=True)
             records = {user: self._decoded(data, user) or self._empty() for data, user in stored}
-            new: dict[str, list[int]] = {}
+            new: dict[str, list[tuple[int, float]]] = {}
             outcomes = [self._outcome(event, records[event.user], new) for event in events]
             if new:
                 self._read({user: records[user] for user in new}, list(new.values()))
                 self.store.put({user: self.codec.encode(records[user]) for user in new})
         return outcomes
 
-    def _outcome(self, event: Event, record: Record, new: dict[str, list[int]]) -> str:
-        """What becomes of an event; one that is read is noted in the record and added to ``new``."""
+    def _outcome(self, event: Event, record: Record, new: dict[str, list[tuple[int, float]]]) -> str:
+        """What becomes of an event; one that is read is noted in the record and added to ``new`` with the time since
+        the event before."""
         number = self.catalogue.numbers.get(event.item)
         if number is None:
             return "skipped: unknown item"
@@ -355,30 +396,44 @@ class Recommender:
             return "skipped: late"
         if key is not None:
             record.ids = np.append(record.ids[1 - EVENT_IDS :], key)
+        since = float("nan") if event.timestamp is None else float(event.timestamp) - record.time
         if event.timestamp is not None and not late:
             record.time = float(event.timestamp)
+        if event.timestamp is None and self._buckets is not None:
+            self._tell_of_times()
         record.seen = _with(record.seen, number, self.remember)
-        new.setdefault(event.user, []).append(number)
+        new.setdefault(event.user, []).append((number, since))
         return "late" if late else "applied"
 
     @torch.no_grad()
-    def _read(self, records: dict[str, Record], items: list[list[int]]) -> None:
-        """Moves the states of ``records`` on by ``items`` each."""
-        most = max(map(len, items))
+    def _read(self, records: dict[str, Record], events: list[list[tuple[int, float]]]) -> None:
+        """Moves the states of ``records`` on by ``events`` each, items and the times before them."""
+        most = max(map(len, events))
         for start in range(0, most, TOGETHER):
-            parts = {user: own[start : start + TOGETHER] for user, own in zip(records, items, strict=True)}
+            parts = {user: own[start : start + TOGETHER] for user, own in zip(records, events, strict=True)}
             parts = {user: part for user, part in parts.items() if part}
             state = self._state(parts, [records[user] for user in parts])
-            width = max(map(len, parts.values()))
-            padded = np.zeros((len(parts), width), dtype=np.int64)
-            for row, part in zip(padded, parts.values(), strict=True):
-                row[: len(part)] = part
-            batch = torch.from_numpy(padded).to(self._device)
-            if width == 1:
-                _, state = self.model.step(batch[:, 0], state, in_place=True)
+            batch, gaps = self._batch([tuple(np.array(part).T) for part in parts.values()])
+            if batch.shape[1] == 1:
+                since = None if gaps is None else gaps[:, 0]
+                _, state = self.model.step(batch[:, 0], state, in_place=True, gaps=since)
             else:
-                _, state = self.model.advance(batch, state, in_place=True)
+                _, state = self.model.advance(batch, state, in_place=True, gaps=gaps)
             self._note(state, parts, [records[user] for user in parts])
+
+    def _batch(self, histories: Sequence[tuple[Any, ...]]) -> tuple[Tensor, Tensor | None]:
+        """Items ``[B, L]`` of histories of items and gaps, pads on the right, and what the model reads of the times."""
+        padded = np.zeros((len(histories), max([1, *(len(items) for items, *_ in histories)])), dtype=np.int64)
+        since = np.full(padded.shape, np.nan)
+        for row, times, (items, gaps, *_) in zip(padded, since, histories, strict=True):
+            row[: len(items)], times[: len(items)] = items, gaps
+        read = None if self._buckets is None else torch.from_numpy(self._buckets(since)).to(self._device)
+        return torch.from_numpy(padded).to(self._device), read
+
+    def _tell_of_times(self) -> None:
+        if not self._told:
+            self._told = True
+            getLogger("recbole_holo").warning("events without timestamps: the model reads times (event_time: gap)")
 
     def _state(self, users: Iterable[str], records: list[Record]) -> State:
         layout = self.codec.layout
@@ -405,30 +460,40 @@ class Recommender:
     def _decoded(self, data: bytes | None, user: str) -> Record | None:
         return None if data is None else self.codec.decode(data, user)
 
-    def _encoded(self, histories: Sequence[tuple[str, Sequence[str]]], outcomes: Counter[str]) -> dict[str, bytes]:
+    def _encoded(self, histories: Sequence[Any], outcomes: Counter[str]) -> dict[str, bytes]:
         """Records of whole histories, those of like lengths together."""
-        known: dict[str, np.ndarray] = {}
-        for user, items in histories:
-            numbers = [self.catalogue.numbers.get(item, 0) for item in items]
-            known[user] = np.array([number for number in numbers if number], dtype=np.int32)
-            outcomes["applied"] += len(known[user])
-            outcomes["skipped: unknown item"] += len(numbers) - len(known[user])
+        known: dict[str, _History] = {}
+        for user, items, *times in histories:
+            known[user] = self._known(items, *times)
+            outcomes["applied"] += len(known[user].items)
+            outcomes["skipped: unknown item"] += len(items) - len(known[user].items)
         made: dict[str, bytes] = {}
-        for users in _alike(known):
+        for users in _alike({user: history.items for user, history in known.items()}):
             records = [self._empty() for _ in users]
             self._note(self._encode([known[user] for user in users]), users, records)
             for user, record in zip(users, records, strict=True):
-                record.seen = _latest_distinct(known[user], self.remember)
+                record.seen, record.time = _latest_distinct(known[user].items, self.remember), known[user].time
                 made[user] = self.codec.encode(record)
         return made
 
-    def _encode(self, histories: Sequence[np.ndarray]) -> State:
-        padded = np.zeros((len(histories), max([1, *map(len, histories)])), dtype=np.int64)
-        for row, history in zip(padded, histories, strict=True):
-            row[: len(history)] = history
-        return self.model.encode(torch.from_numpy(padded).to(self._device))
+    def _known(self, items: Sequence[str], timestamps: Sequence[float] | None = None) -> _History:
+        """A history without the items that the model does not know."""
+        if timestamps is None and self._buckets is not None and len(items):
+            self._tell_of_times()
+        times = np.full(len(items), np.nan) if timestamps is None else np.asarray(timestamps, dtype=np.float64)
+        if len(times) != len(items):
+            raise ConfigError("timestamps", len(times), f"give one for each of the {len(items)} items")
+        numbers = np.array([self.catalogue.numbers.get(item, 0) for item in items], dtype=np.int32)
+        times = times[numbers > 0]
+        return _History(
+            numbers[numbers > 0], np.diff(times, prepend=np.nan), float(times[-1]) if len(times) else np.nan
+        )
 
-    def _hidden_of(self, histories: Sequence[np.ndarray]) -> Tensor:
+    def _encode(self, histories: Sequence[_History]) -> State:
+        items, gaps = self._batch(histories)
+        return self.model.encode(items, gaps)
+
+    def _hidden_of(self, histories: Sequence[_History]) -> Tensor:
         return self.model.last_hidden(self._encode(histories))
 
     # ------------------------------------------------------------------ inside: answers

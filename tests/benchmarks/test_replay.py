@@ -12,11 +12,17 @@ from benchmarks import replay
 from recbole_holo.quick_start import run
 
 
-@pytest.mark.parametrize("longest", [30, 6])
+@pytest.mark.parametrize(("longest", "event_time"), [(30, None), (6, None), (30, "gap")])
 def test_streamed_is_offline_where_the_history_fits(
-    longest: int, cyclic_dataset: str, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    longest: int,
+    event_time: str | None,
+    cyclic_dataset: str,
+    tiny: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {**tiny, "MAX_ITEM_LIST_LENGTH": longest, "topk": [10], "valid_metric": "NDCG@10", "epochs": 4}
+    settings["event_time"] = event_time
     checkpoint = run("RecMamba", cyclic_dataset, config_dict=settings)["report"]["checkpoint"]
     monkeypatch.setattr(replay, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["replay", checkpoint, "--storages", "float32", "int8"])
