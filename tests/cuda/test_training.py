@@ -54,8 +54,9 @@ def test_no_step_waits_for_the_device(
         {"binding": "both", "binding_algebra": "unitary", "bind_output": True, "attribute_floats": "learned"},
         {"binding": "role", "bind_output": True, "cold_items": "attributes", "loss_type": "BPR"},
         {"bundle_size": 3, "bundle_recent": 4, "bundle_schedule": "mixed"},
+        {"event_time": "gap", "event_time_form": "role", "cuda_graphs": True},
     ],
-    ids=["bound", "cold", "bundled"],
+    ids=["bound", "cold", "bundled", "times"],
 )
 @pytest.mark.parametrize("model", ["HoloMambaRec", "Hydra", "RecMamba", "Mamba4Rec"])
 def test_metadata_and_bundles_do_not_wait(

@@ -16,6 +16,7 @@ from recbole_holo.data.catalogue import Catalogue
 from recbole_holo.data.event_time import GapBuckets
 from recbole_holo.data.loader import create_dataset, data_preparation
 from recbole_holo.errors import ConfigError
+from recbole_holo.quick_start import prepare
 
 SECONDS = 1_717_000_000  # of today; a float32 there has a grid of 128
 COLUMNS = {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}}
@@ -175,3 +176,20 @@ def test_benchmark_files_give_the_gaps_of_their_lists(write_dataset: Callable[..
 def test_benchmark_files_without_times_are_refused(write_dataset: Callable[..., str]) -> None:
     with pytest.raises(ConfigError, match=r"event_time.*timestamp_list"):
         prepared("files", event_time="gap", **benchmark(write_dataset, times=False))
+
+
+@pytest.mark.parametrize("kind", ["gap", "request"])
+def test_sampled_candidates_are_scored_with_the_gaps(timed: Any, kind: str) -> None:
+    arguments = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni3"}
+    settings = {"event_time": kind, "eval_args": arguments, "metrics": ["Hit"], "valid_metric": "Hit@3"}
+    config = Config("RecMamba", timed[0], config_dict={"state": "ERROR", **COLUMNS, **SMALL, **TOP, **settings})
+    trainer, _, _, test = prepare(config)
+    trainer.tot_item_num, model = test.dataset.item_num, trainer.model.eval()
+    torch.nn.init.normal_(model.event_time.vectors)
+    histories, scores, _, _ = trainer._neg_sample_batch_eval(next(iter(test)))
+    expected = model.full_sort_predict(histories)
+    drawn = scores > -np.inf
+    assert drawn.any(1).all()
+    torch.testing.assert_close(scores[drawn], expected[drawn], rtol=1e-4, atol=1e-5)
+    histories[GAPS] = torch.zeros_like(histories[GAPS])
+    assert not torch.allclose(model.full_sort_predict(histories)[drawn], scores[drawn], rtol=1e-2)

@@ -80,7 +80,11 @@ def _reference() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_reference")
 @pytest.mark.parametrize("model", list(registry.MODELS))
-@pytest.mark.parametrize("settings", [{}, {"seen_items": "excluded", "loss_type": "SampledCE"}], ids=["plain", "seen"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"seen_items": "excluded", "loss_type": "SampledCE"}, {"event_time": "request", "event_time_form": "role"}],
+    ids=["plain", "seen", "times"],
+)
 def test_no_step_asks_the_device(
     model: str, settings: dict[str, Any], cyclic_dataset: str, tiny: dict[str, Any]
 ) -> None:
@@ -219,10 +223,13 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
+@pytest.mark.parametrize("event_time", [None, "gap"])
 def test_each_shape_of_full_batches_is_captured_once(
-    captured: list[tuple[int, ...]], cyclic_dataset: str, tiny: dict[str, Any]
+    event_time: str | None, captured: list[tuple[int, ...]], cyclic_dataset: str, tiny: dict[str, Any]
 ) -> None:
-    tiny.update(train_batch_size=6, dropout_prob=0.0, layer_dropout_prob=0.0)  # 40 windows: the last batch has four
+    tiny.update(
+        event_time=event_time, train_batch_size=6, dropout_prob=0.0, layer_dropout_prob=0.0
+    )  # 40 windows: the last batch has four
     plain, train = trainer_and_data(cyclic_dataset, **tiny)
     plain.fit(train, saved=False, verbose=False)
     trainer, train = trainer_and_data(cyclic_dataset, **tiny)
