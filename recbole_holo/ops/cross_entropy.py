@@ -15,6 +15,7 @@ from recbole_holo.ops.seen_items import SeenItems, left_out
 
 # Scores that exist at a time. On a CPU those of a thread and their gradient stay in its cache; a GPU wants long rows.
 _NATIVE_SCORES, _NATIVE_ROWS, _NATIVE_ITEMS = 2**18, (6, 96), 2**15
+_HALF_ROWS, _HALF_SUMS = 128, 2**27  # rows of a thread at a time; values of all threads' gradients of the table
 _CPU_SCORES, _CPU_ROWS = 2**20, 32
 _CUDA_SCORES = 2**26
 
@@ -57,12 +58,14 @@ def cross_entropy(
     if targets.numel() == 0:
         raise ValueError("targets: it is empty, and the mean over no positions has no value")
     dtype = backend.product_type(hidden)
-    items, width = item_vectors.shape
-    if _is_native(hidden, dtype, items, width):
-        fewest, most = _NATIVE_ROWS
-        together = chunk_size or min(max(_NATIVE_SCORES // items // fewest * fewest, fewest), most)
-        half = dtype == torch.bfloat16
+    items = len(item_vectors)
+    products = _native_products(hidden, dtype, items)
+    if products:
+        backend.note("cross_entropy", f"native, {products}")
+        half = dtype == torch.bfloat16 and products != "float32"
+        together = _rows_of_halves(len(targets), chunk_size) if half else chunk_size or _rows_of_floats(items)
         return NativeCrossEntropy.apply(hidden, item_vectors, bias, targets, seen, int(exclude_pad), together, half)
+    backend.note("cross_entropy", f"chunks, {str(dtype).removeprefix('torch.')}")
     if chunk_size is None:
         on_cpu = hidden.device.type == "cpu"
         chunk_size = max(_CPU_SCORES // items, _CPU_ROWS) if on_cpu else max(_CUDA_SCORES // items, 1)
@@ -76,11 +79,28 @@ def cross_entropy(
     return CrossEntropy.apply(hidden, item_vectors, bias, targets, seen, int(exclude_pad), chunk_size, dtype)
 
 
-def _is_native(hidden: Tensor, dtype: torch.dtype, items: int, width: int) -> bool:
-    """Whether the C++ kernel runs: a gradient of the table in each thread is worth it for small tables only."""
-    if dtype not in (torch.float32, torch.bfloat16) or items > _NATIVE_ITEMS or not backend.runs_native(hidden):
-        return False
-    return width % native.lanes() == 0
+def _native_products(hidden: Tensor, dtype: torch.dtype, items: int) -> str:
+    """What the C++ kernel's products run in; empty if it does not run.
+
+    A gradient of the table in each thread is worth it for small tables only.
+    """
+    if dtype not in (torch.float32, torch.bfloat16) or not backend.runs_native(hidden):
+        return ""
+    width = hidden.shape[1]
+    if dtype == torch.bfloat16 and native.half_products():
+        return native.half_products() if torch.get_num_threads() * items * width <= _HALF_SUMS else ""
+    return "float32" if items <= _NATIVE_ITEMS and width % native.lanes() == 0 else ""
+
+
+def _rows_of_floats(items: int) -> int:
+    fewest, most = _NATIVE_ROWS
+    return min(max(_NATIVE_SCORES // items // fewest * fewest, fewest), most)
+
+
+def _rows_of_halves(rows: int, most: int | None) -> int:
+    """The same for all of a thread's blocks, so that threads have equally much to do; even."""
+    own = -(-rows // torch.get_num_threads())
+    return native.whole(-(-own // -(-own // (most or _HALF_ROWS))), 2)
 
 
 class NativeCrossEntropy(torch.autograd.Function):
@@ -105,17 +125,17 @@ class NativeCrossEntropy(torch.autograd.Function):
         losses = x.new_empty(rows)
         wants = any(ctx.needs_input_grad)
         g_hidden = torch.empty_like(x) if wants else None
-        g_table = x.new_zeros(threads, items, width) if wants else None
-        g_bias = x.new_zeros(threads, items) if wants and bias is not None else None
-        native.library().cross_entropy(
+        copies, kernels = (1, "cross_entropy_half") if half else (threads, "cross_entropy")
+        g_table = x.new_zeros(copies, items, width) if wants else None
+        g_bias = x.new_zeros(copies, items) if wants and bias is not None else None
+        getattr(native.library(), kernels)(
             *map(ctypes.c_int64, (rows, items, width, together)),
             threads,
-            int(half),
             ctypes.c_float(1 / rows),
             _rows(seen, pads),
             *map(native.pointer, (x, table, bias, targets, losses, g_hidden, g_table, g_bias)),
         )
-        summed = (None if g is None else g.sum(0) if threads > 1 else g[0] for g in (g_table, g_bias))
+        summed = (None if g is None else g.sum(0) if copies > 1 else g[0] for g in (g_table, g_bias))
         ctx.save_for_backward(g_hidden, *summed)
         return losses.mean()
 

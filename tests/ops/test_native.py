@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,20 @@ def test_packing_is_undone_by_unpacking():
     assert packed.shape == (3, 2, 5, native.lanes())
     assert packed[1, 1, 4, 2] == states[1, native.lanes() + 2, 4]
     torch.testing.assert_close(native.unpack(packed), states, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("processor", "instructions"), [("cooperlake", ["vdpbf16ps"]), ("sapphirerapids", ["tdpbf16ps", "ldtilecfg"])]
+)
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_compiles_with_the_instructions(compiler, processor, instructions, tmp_path):
+    target = tmp_path / "assembly.s"
+    flags = ["-std=c++17", "-O0", f"-march={processor}", "-S", "-o", str(target)]
+    try:
+        known = subprocess.run([compiler, *flags, "-x", "c++", os.devnull], capture_output=True)
+    except FileNotFoundError:
+        pytest.skip(f"no {compiler}")
+    if known.returncode:
+        pytest.skip(f"{compiler} does not know this processor: {known.stderr.decode()[-200:]}")
+    subprocess.run([compiler, *flags, str(Path(native.__file__).parent / "cross_entropy_half.cpp")], check=True)
+    assert all(instruction in target.read_text() for instruction in instructions)

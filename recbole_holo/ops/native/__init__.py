@@ -26,6 +26,7 @@ SOURCES = (
     "mamba.cpp",
     "selective_scan.cpp",
     "cross_entropy.cpp",
+    "cross_entropy_half.cpp",
     "dropout.cpp",
     "feed_forward.cpp",
     "ssd.cpp",
@@ -52,10 +53,14 @@ def library() -> ctypes.CDLL:
         NativeError: there is no compiler, or it failed.
     """
     try:
-        path = build()
-        loaded = ctypes.CDLL(str(path))
+        return load(build())
     except OSError as error:
         raise NativeError(f"{type(error).__name__}: {error}") from error
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """A library of kernels, with the types of what its functions return."""
+    loaded = ctypes.CDLL(str(path))
     for name in ("lanes", "stretch", "states_together", "ssd_segment"):
         getattr(loaded, name).restype = ctypes.c_int64
     return loaded
@@ -154,6 +159,11 @@ def structure(name: str, numbers: str, pointers: str = "", floats: str = "") -> 
 def lanes() -> int:
     """Channels that a kernel handles at once: widths must be multiples of it."""
     return int(library().lanes())
+
+
+def half_products() -> str:
+    """What multiplies in bfloat16 here, for those products that do under autocast; empty if nothing does."""
+    return ("", "avx512 bf16", "amx bf16")[library().half_products()]
 
 
 def stretches(length: int) -> int:

@@ -3,6 +3,7 @@
 // The scores of a few rows are made, turned into their gradient in place and multiplied into both gradients before the
 // next rows: they never leave the cache of the thread.
 #include "gemm.h"
+#include "left_out.h"
 
 // What a row ends with when its width is no multiple of LANES: the vector at `at`, filled up with `filler`.
 static vec tail(const float *row, int64_t at, int64_t width, float filler) {
@@ -11,62 +12,19 @@ static vec tail(const float *row, int64_t at, int64_t width, float filler) {
     return load(v);
 }
 
-typedef struct {
-    int64_t pads;               // items before the table's first
-    const int64_t *items;       // numbers of items, the table's first is `pads`
-    const int64_t *start, *end;  // [rows]: the row has seen items[start .. end - 1]
-} seen_items;
-
-// Which items a row leaves out of its softmax, kept from row to row: of a history as long as the rows before it, only
-// the events since then are new.
-struct left_out {
-    const seen_items *seen;  // or 0: no row leaves out any
-    int64_t width, start = 0, end = 0;
-    int64_t back = -1;  // the last row's target, if it was seen
-    int32_t *kept = 0;  // [width], all bits set for items that stay in, else none
-
-    left_out(const seen_items *seen, int64_t width) : seen(seen), width(width) {
-        if (!seen) return;
-        kept = (int32_t *)floats(width);
-        memset(kept, -1, 4 * width);
-    }
-    ~left_out() { free(kept); }
-
-    void mark(int64_t from, int64_t to, int32_t as) {
-        for (int64_t k = from; k < to; k++) {
-            const int64_t item = seen->items[k] - seen->pads;
-            if (item >= 0 && item < width) kept[item] = as;
-        }
-    }
-
-    const int32_t *of_row(int64_t i, int64_t target) {
-        if (back >= 0) kept[back] = 0;
-        if (seen->start[i] != start || seen->end[i] < end) {
-            mark(start, end, -1);
-            start = end = seen->start[i];
-        }
-        if (seen->end[i] > end) {
-            mark(end, seen->end[i], 0);
-            end = seen->end[i];
-        }
-        back = kept[target] ? -1 : target;
-        kept[target] = -1;
-        return kept;
-    }
-};
-
 // Returns log Σ_j e^{row[j]} - row[target]; the row becomes the gradient of `scale` times that, if `gradient`. With
 // leaves_out, items that are not `kept` have no part in it, whatever their scores, and gradient 0.
 template <bool leaves_out>
-static float softmax_row(float *row, int64_t width, int64_t target, const int32_t *kept, const float *bias, float scale,
+static float softmax_row(float *row, int64_t width, int64_t target, const uint8_t *kept, const float *bias, float scale,
                          int gradient) {
     const int64_t whole = width / LANES * LANES;
     vec highest = all(-INFINITY), total = all(0);
-    const auto stays = [&](int64_t j) { return leaves_out ? (ivec)load((const float *)kept + j) : ivec{} - 1; };
-    const auto rival = [&](int64_t j, vec v) { return leaves_out ? (stays(j) ? v : all(-INFINITY)) : v; };
+    const auto rival = [&](int64_t j, vec v) {
+        return leaves_out ? (lanes_of(kept, j) ? v : all(-INFINITY)) : v;
+    };
     const auto power = [&](int64_t j, vec v) {
         const vec e = exp_(v);
-        return leaves_out ? (vec)((ivec)e & stays(j)) : e;
+        return leaves_out ? (vec)((ivec)e & lanes_of(kept, j)) : e;
     };
     if (bias)
         for (int64_t j = 0; j < width; j++) row[j] += bias[j];
@@ -95,12 +53,17 @@ static float softmax_row(float *row, int64_t width, int64_t target, const int32_
     return logf(partition) + top - wanted;
 }
 
-// softmax_row of row i of all, which is at `row`.
+// softmax_row of row i of all, which is at `row`. The target is in it whether or not it was seen.
 static float softmax_of(left_out *out, int64_t i, float *row, const int64_t *targets, const float *bias, float scale,
                         int gradient) {
     const int64_t target = targets[i];
     if (!out->seen) return softmax_row<false>(row, out->width, target, 0, bias, scale, gradient);
-    return softmax_row<true>(row, out->width, target, out->of_row(i, target), bias, scale, gradient);
+    out->turn_to(i);
+    const bool stayed = out->kept[target / 8] >> target % 8 & 1;
+    out->set(target, true);
+    const float loss = softmax_row<true>(row, out->width, target, out->kept, bias, scale, gradient);
+    out->set(target, stayed);
+    return loss;
 }
 
 extern "C" {
@@ -121,13 +84,12 @@ void softmax_cross_entropy(int64_t rows, int64_t width, int threads, int gradien
 
 // hidden [rows, d] against table [items, d], d a multiple of LANES. losses [rows] is set. If ghidden is not 0: the
 // gradient of scale · Σ losses, in ghidden [rows, d], gtable [threads, items, d] and gbias [threads, items] (or 0), the
-// last two zeros before, to be summed over threads. `together` rows are in the cache at a time. half: round the factors
-// of the products to bfloat16. `seen` says what the rows leave out, or is 0.
-void cross_entropy(int64_t rows, int64_t items, int64_t d, int64_t together, int threads, int half, float scale,
+// last two zeros before, to be summed over threads. `together` rows are in the cache at a time.  `seen` says what the rows leave out, or is 0.
+void cross_entropy(int64_t rows, int64_t items, int64_t d, int64_t together, int threads, float scale,
                    const seen_items *seen, const float *hidden, const float *table, const float *bias,
                    const int64_t *targets, float *losses, float *ghidden, float *gtable, float *gbias) {
-    panels columns = pack(table, d, items, 1, d, half), whole = {};
-    if (ghidden) whole = pack(table, items, d, d, 1, half);
+    panels columns = pack(table, d, items, 1, d), whole = {};
+    if (ghidden) whole = pack(table, items, d, d, 1);
     const int64_t row = columns.width;
 #pragma omp parallel num_threads(threads)
     {
@@ -142,7 +104,7 @@ void cross_entropy(int64_t rows, int64_t items, int64_t d, int64_t together, int
                 losses[first + i] = softmax_of(&out, first + i, scores + i * row, targets, bias, scale, ghidden != 0);
             if (!ghidden) continue;
             multiply(count, scores, row, &whole, 0, ghidden + first * d, d, 0);
-            add_outer(items, d, count, scores, row, hidden + first * d, d, gtable + thread * items * d, d, half);
+            add_outer(items, d, count, scores, row, hidden + first * d, d, gtable + thread * items * d, d);
             if (gbias)
                 for (int64_t i = 0; i < count; i++)
                     for (int64_t j = 0; j < items; j++) gbias[thread * items + j] += scores[i * row + j];

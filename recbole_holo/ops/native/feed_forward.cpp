@@ -59,6 +59,7 @@ void feed_forward(const sizes *s, const weights *w, int threads, const int64_t *
     panels up = pack(w->w_1, d, hidden, 1, d, s->half), down = pack(w->w_2, inner, d, 1, inner, s->half);
 #pragma omp parallel num_threads(threads)
     {
+        tiles mine;
         const int64_t row = spread(inner), hidden_row = spread(hidden);
         float *memory = floats(AT_ONCE * (row + hidden_row) + 2 * 16), *rest = memory;
         float *h = take(&rest, AT_ONCE * hidden_row), *a = take(&rest, AT_ONCE * row);
@@ -83,6 +84,7 @@ void feed_forward_backward(const sizes *s, const weights *w, int threads, const 
     panels back_down = pack(w->w_2, d, inner, inner, 1, s->half);
 #pragma omp parallel num_threads(threads)
     {
+        tiles mine;
         float *g_1 = sums + omp_get_thread_num() * ((hidden + inner) * d + hidden + d), *g_b1 = g_1 + hidden * d;
         float *g_2 = g_b1 + hidden, *g_b2 = g_2 + d * inner;
         const int64_t row = spread(inner), hidden_row = spread(hidden);

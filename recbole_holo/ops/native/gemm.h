@@ -1,27 +1,12 @@
 // Products of matrices small enough to stay in the cache, inside a parallel region. Row-major, float32.
 //
-// With `half`, factors are rounded to bfloat16 and summed in float32, which AVX512-BF16 does at twice the speed: a float
-// then holds two neighbouring values of the summed dimension, and `inner` counts such pairs. Where the processor lacks
-// it, half means nothing.
+// With `half`, factors are rounded to bfloat16 and summed in float32 (half.h): `inner` then counts pairs. Where the
+// processor cannot multiply those, half means nothing.
 #pragma once
-#include "simd.h"
-
-#if defined(__AVX512BF16__)
-#define HALF 1
-#else
-#define HALF 0
-#endif
+#include "half.h"
 
 #define ROWS 6
 #define COLUMNS (LANES == 16 ? 4 : 2)  // vectors; ROWS · COLUMNS sums fill the registers
-
-template <bool half>
-INLINE vec multiply_add(vec sum, float left, vec right) {
-#if HALF
-    if constexpr (half) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(left), (__m512bh)right);
-#endif
-    return sum + left * right;
-}
 
 // c[i][j] (+)= Σ_k a(i, k) · b[k][j] for i < rows, j < columns · LANES; a(i, k) = a[i · a_row + k · a_column].
 template <bool half, int rows, int columns>
@@ -61,6 +46,17 @@ static void any_tile(int64_t height, int64_t columns, int64_t inner, const float
     else tile<half, rows, 1>(inner, a, a_row, a_column, b, b_row, c, c_row, add);
 }
 
+// The same for any number of rows and up to COLUMNS vectors; with half, a's pairs of one row are neighbours on AMX.
+static void product(bool half, int64_t rows, int64_t columns, int64_t inner, const float *a, int64_t a_row,
+                    int64_t a_column, const float *b, int64_t b_row, float *c, int64_t c_row, int add) {
+#if AMX
+    if (half && tiles::ready) return amx_product(rows, columns, inner, a, a_row, b, b_row, c, c_row, add);
+#endif
+    for (int64_t i = 0; i < rows; i += ROWS)
+        (half ? any_tile<true> : any_tile<false>)(rows - i, columns, inner, a + i * a_row, a_row, a_column, b, b_row,
+                                                  c + i * c_row, c_row, add);
+}
+
 INLINE int64_t columns_from(int64_t first, int64_t width) {
     return (width - first) / LANES < COLUMNS ? (width - first) / LANES : COLUMNS;
 }
@@ -80,40 +76,6 @@ static float *scratch(int64_t count) {
     return kept.data;
 }
 
-#if HALF
-// bfloat16 of each lane, in its low half.
-INLINE __m512i rounded(vec x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)); }
-
-// Lane j: the pair of x[j] and y[j].
-INLINE vec paired(vec x, vec y) { return (vec)_mm512_or_si512(rounded(x), _mm512_slli_epi32(rounded(y), 16)); }
-
-// Rows of a [rows, inner] as rows of pairs; an odd last value is paired with 0.
-static void pair_along_rows(int64_t rows, int64_t inner, const float *a, int64_t a_row, float *pairs, int64_t pairs_row) {
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t k = 0; k < inner; k += LANES) {
-            vec v;
-            if (k + LANES <= inner) v = load(a + i * a_row + k);
-            else {
-                v = all(0);
-                memcpy(&v, a + i * a_row + k, 4 * (inner - k));
-            }
-            _mm256_storeu_si256((__m256i *)(pairs + i * pairs_row + k / 2), (__m256i)_mm512_cvtneps_pbh((__m512)v));
-        }
-}
-
-// Neighbouring rows of a [inner, width] as one row of pairs; an odd last row is paired with 0. width may be any.
-static void pair_along_columns(int64_t inner, int64_t width, const float *a, int64_t a_row, float *pairs, int64_t pairs_row) {
-    for (int64_t k = 0; k < inner; k += 2)
-        for (int64_t j = 0; j < width; j += LANES) {
-            vec x = all(0), y = all(0);
-            const int64_t count = width - j < LANES ? width - j : LANES;
-            memcpy(&x, a + k * a_row + j, 4 * count);
-            if (k + 1 < inner) memcpy(&y, a + (k + 1) * a_row + j, 4 * count);
-            store(pairs + k / 2 * pairs_row + j, paired(x, y));
-        }
-}
-#endif
-
 // A matrix [inner, width] in panels of COLUMNS · LANES columns, the last one narrower: rows of a panel are neighbours.
 typedef struct {
     int64_t inner, width;  // width: a multiple of LANES; columns beyond the matrix are zero
@@ -122,24 +84,30 @@ typedef struct {
     int64_t whole;
 } panels;
 
+// LANES values of row k of the matrix from column j on, with zeros for what it has not.
+INLINE vec some_of_row(const float *matrix, int64_t inner, int64_t width, int64_t row, int64_t column, int64_t k,
+                       int64_t j) {
+    if (k < inner && column == 1 && j + LANES <= width) return load(matrix + k * row + j);
+    vec v = all(0);
+    for (int64_t i = 0; k < inner && i < LANES && j + i < width; i++) v[i] = matrix[k * row + (j + i) * column];
+    return v;
+}
+
+// matrix(k, j) = matrix[k · row + j · column]
 static panels pack(const float *matrix, int64_t inner, int64_t width, int64_t row, int64_t column, bool half = false) {
     half = half && HALF;
-    const int64_t steps = half ? (inner + 1) / 2 : inner, filled = (width + LANES - 1) / LANES * LANES;
+    const int64_t steps = half ? steps_of(inner) : inner, filled = (width + LANES - 1) / LANES * LANES;
     panels packed = {steps, filled, floats(steps * filled), half, inner};
     float *p = packed.data;
     for (int64_t first = 0; first < filled; first += COLUMNS * LANES)
         for (int64_t k = 0; k < steps; k++)
             for (int64_t j = first; j < first + COLUMNS * LANES && j < filled; j += LANES, p += LANES) {
-                vec v[2] = {};
-                for (int64_t i = 0; i < LANES && j + i < width; i++) {
-                    const float *at = matrix + (j + i) * column;
-                    v[0][i] = at[(half ? 2 * k : k) * row];
-                    if (half && 2 * k + 1 < inner) v[1][i] = at[(2 * k + 1) * row];
-                }
+                const auto of_row = [&](int64_t k) { return some_of_row(matrix, inner, width, row, column, k, j); };
 #if HALF
-                if (half) v[0] = paired(v[0], v[1]);
+                store(p, half ? paired(of_row(2 * k), of_row(2 * k + 1)) : of_row(k));
+#else
+                store(p, of_row(k));
 #endif
-                store(p, v[0]);
             }
     return packed;
 }
@@ -152,38 +120,40 @@ static void multiply(int64_t rows, const float *a, int64_t a_row, const panels *
     add |= bias != 0;
 #if HALF
     if (b->half) {
-        const int64_t row = (b->whole + LANES - 1) / LANES * LANES / 2;
-        float *pairs = scratch(rows * row);
-        pair_along_rows(rows, b->whole, a, a_row, pairs, row);
+        const int64_t row = (b->inner + LANES / 2 - 1) / (LANES / 2) * (LANES / 2);
+        float *pairs = scratch((rows + 15) / 16 * 16 * row);
+        pair_along_rows(rows, b->whole, a, a_row, pairs, row, row);
         a = pairs, a_row = row;
     }
 #endif
     for (int64_t first = 0; first < b->width; first += COLUMNS * LANES) {
         const int64_t columns = columns_from(first, b->width);
-        for (int64_t i = 0; i < rows; i += ROWS)
-            (b->half ? any_tile<true> : any_tile<false>)(rows - i, columns, b->inner, a + i * a_row, a_row, 1,
-                                                         b->data + first * b->inner, columns * LANES,
-                                                         c + i * c_row + first, c_row, add);
+        product(b->half, rows, columns, b->inner, a, a_row, 1, b->data + first * b->inner, columns * LANES, c + first,
+                c_row, add);
     }
 }
+
+#define STRIP 48  // rows of a product whose left factor stays in the L1 cache from one panel to the next
 
 // c[height, width] += aᵀ[height, inner] · b[inner, width]; width a multiple of LANES
 static void add_outer(int64_t height, int64_t width, int64_t inner, const float *a, int64_t a_row, const float *b,
                       int64_t b_row, float *c, int64_t c_row, bool half = false) {
     half = half && HALF;
+    int64_t row = 1, column = a_row;  // of aᵀ
 #if HALF
     if (half) {
-        const int64_t steps = (inner + 1) / 2, left = (height + LANES - 1) / LANES * LANES;
+        const int64_t steps = steps_of(inner), left = (height + LANES - 1) / LANES * LANES;
         float *pairs = scratch(steps * (left + width)), *right = pairs + steps * left;
-        pair_along_columns(inner, height, a, a_row, pairs, left);
-        pair_along_columns(inner, width, b, b_row, right, width);
-        a = pairs, a_row = left, b = right, b_row = width, inner = steps;
+        if (amx()) pair_transposed(inner, height, a, a_row, pairs, steps, steps), row = steps, column = 1;
+        else pair_along_columns(inner, height, a, a_row, pairs, steps, left), column = left;
+        pair_along_columns(inner, width, b, b_row, right, steps, width);
+        a = pairs, b = right, b_row = width, inner = steps;
     }
 #endif
-    for (int64_t first = 0; first < width; first += COLUMNS * LANES)
-        for (int64_t i = 0; i < height; i += ROWS)
-            (half ? any_tile<true> : any_tile<false>)(height - i, columns_from(first, width), inner, a + i, 1, a_row,
-                                                      b + first, b_row, c + i * c_row + first, c_row, 1);
+    for (int64_t i = 0; i < height; i += STRIP)
+        for (int64_t first = 0; first < width; first += COLUMNS * LANES)
+            product(half, height - i < STRIP ? height - i : STRIP, columns_from(first, width), inner, a + i * row, row,
+                    column, b + first, b_row, c + i * c_row + first, c_row, 1);
 }
 
 // sums[width] += Σ_i a[i]

@@ -98,6 +98,7 @@ void mamba_forward(const sizes *s, const weights *w, int threads, const float *x
                  pack(w->dt_proj, s->rank, inner, 1, s->rank), pack(w->out_proj, inner, model, 1, inner, s->half)};
 #pragma omp parallel num_threads(threads)
     {
+        tiles mine;
         float *memory = floats(segment_size(s, f.x_proj.width) + state_size), *rest = memory;
         segment g = new_segment(s, f.x_proj.width, &rest);
         vec *state = (vec *)rest;
@@ -145,6 +146,7 @@ void mamba_backward(const sizes *s, const weights *w, int threads, const float *
     const int64_t own = 3 * inner * model + (projected + rank + 9) * inner + state_size + model;
 #pragma omp parallel num_threads(threads)
     {
+        tiles mine;
         float *g_in = sums + own * omp_get_thread_num(), *g_in_bias = g_in + 2 * inner * model;
         float *g_conv = g_in_bias + 2 * inner, *g_conv_bias = g_conv + 4 * inner, *g_x = g_conv_bias + inner;
         float *g_dt = g_x + projected * inner, *g_dt_bias = g_dt + rank * inner, *g_rates = g_dt_bias + inner;

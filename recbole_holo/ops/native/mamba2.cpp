@@ -205,6 +205,7 @@ void mamba2_forward(const sizes *s, const weights *shared, float eps, int thread
     factors *f = new_factors(s, shared, 0);
 #pragma omp parallel num_threads(threads)
     {
+        tiles mine;
         float *memory = floats(segment_size(s) + wide.state), *rest = memory;
         segment g = new_segment(s, &rest);
 #pragma omp for schedule(static)
@@ -261,6 +262,7 @@ void mamba2_backward(const sizes *s, const weights *shared, float eps, int threa
     factors *f = new_factors(s, shared, 0), *transposed = new_factors(s, shared, 1);
 #pragma omp parallel num_threads(threads)
     {
+        tiles mine;
         const int64_t row = spread(inner), projected_row = spread(full(projected)), channels_row = spread(channels);
         const int64_t area = SEGMENT * row;
         float *memory = floats(segment_size(s) + 4 * area + (SEGMENT + EARLIER) * channels_row +

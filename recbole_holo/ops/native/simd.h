@@ -11,9 +11,15 @@
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
+#ifndef EMULATED
+#define EMULATED 0  // see half.h
+#endif
+
 #if defined(__AVX512F__)
 #define LANES 16
 #include <immintrin.h>
+#elif EMULATED
+#define LANES 16
 #elif defined(__AVX__)
 #define LANES 8
 #else
