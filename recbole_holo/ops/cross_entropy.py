@@ -63,7 +63,7 @@ def cross_entropy(
     if products:
         backend.note("cross_entropy", f"native, {products}")
         half = dtype == torch.bfloat16 and products != "float32"
-        together = _rows_of_halves(len(targets), chunk_size) if half else chunk_size or _rows_of_floats(items)
+        together = _rows_of_halves(len(targets), chunk_size) if half else _rows_of_floats(items, chunk_size)
         return NativeCrossEntropy.apply(hidden, item_vectors, bias, targets, seen, int(exclude_pad), together, half)
     backend.note("cross_entropy", f"chunks, {str(dtype).removeprefix('torch.')}")
     if chunk_size is None:
@@ -92,15 +92,17 @@ def _native_products(hidden: Tensor, dtype: torch.dtype, items: int) -> str:
     return "float32" if items <= _NATIVE_ITEMS and width % native.lanes() == 0 else ""
 
 
-def _rows_of_floats(items: int) -> int:
+def _rows_of_floats(items: int, chunk_size: int | None) -> tuple[int, int]:
+    """What threads get multiples of, which decides in which order numbers are summed; and rows at a time."""
     fewest, most = _NATIVE_ROWS
-    return min(max(_NATIVE_SCORES // items // fewest * fewest, fewest), most)
+    share = chunk_size or min(max(_NATIVE_SCORES // items // fewest * fewest, fewest), most)
+    return share, chunk_size or most
 
 
-def _rows_of_halves(rows: int, most: int | None) -> int:
+def _rows_of_halves(rows: int, most: int | None) -> tuple[int]:
     """The same for all of a thread's blocks, so that threads have equally much to do; even."""
     own = -(-rows // torch.get_num_threads())
-    return native.whole(-(-own // -(-own // (most or _HALF_ROWS))), 2)
+    return (native.whole(-(-own // -(-own // (most or _HALF_ROWS))), 2),)
 
 
 class NativeCrossEntropy(torch.autograd.Function):
@@ -115,7 +117,7 @@ class NativeCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         seen: SeenItems | None,
         pads: int,
-        together: int,
+        together: tuple[int, ...],
         half: bool,
     ) -> Tensor:
         ctx.types = [None if t is None else t.dtype for t in (hidden, item_vectors, bias)]
@@ -129,7 +131,7 @@ class NativeCrossEntropy(torch.autograd.Function):
         g_table = x.new_zeros(copies, items, width) if wants else None
         g_bias = x.new_zeros(copies, items) if wants and bias is not None else None
         getattr(native.library(), kernels)(
-            *map(ctypes.c_int64, (rows, items, width, together)),
+            *map(ctypes.c_int64, (rows, items, width, *together)),
             threads,
             ctypes.c_float(1 / rows),
             _rows(seen, pads),

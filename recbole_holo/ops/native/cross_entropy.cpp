@@ -69,8 +69,7 @@ static float softmax_of(left_out *out, int64_t i, float *row, const int64_t *tar
 extern "C" {
 
 // scores [rows, width]; bias [width] is added to each row, or 0. losses[i] is set; scores becomes the gradient of
-// scale · Σ losses if `gradient`, else what is left there means nothing.
-// `seen` says what the rows leave out, or is 0.
+// scale · Σ losses if `gradient`, else what is left there means nothing. `seen` says what the rows leave out, or is 0.
 void softmax_cross_entropy(int64_t rows, int64_t width, int threads, int gradient, float scale, const seen_items *seen,
                            const int64_t *targets, const float *bias, float *scores, float *losses) {
 #pragma omp parallel num_threads(threads)
@@ -84,9 +83,10 @@ void softmax_cross_entropy(int64_t rows, int64_t width, int threads, int gradien
 
 // hidden [rows, d] against table [items, d], d a multiple of LANES. losses [rows] is set. If ghidden is not 0: the
 // gradient of scale · Σ losses, in ghidden [rows, d], gtable [threads, items, d] and gbias [threads, items] (or 0), the
-// last two zeros before, to be summed over threads. `together` rows are in the cache at a time.  `seen` says what the rows leave out, or is 0.
-void cross_entropy(int64_t rows, int64_t items, int64_t d, int64_t together, int threads, float scale,
-                   const seen_items *seen, const float *hidden, const float *table, const float *bias,
+// last two zeros before, to be summed over threads. Threads get multiples of `share` rows, and take `together` at a
+// time: more of them read and write gtable less often. `seen` says what the rows leave out, or is 0.
+void cross_entropy(int64_t rows, int64_t items, int64_t d, int64_t share, int64_t together, int threads,
+                   float scale, const seen_items *seen, const float *hidden, const float *table, const float *bias,
                    const int64_t *targets, float *losses, float *ghidden, float *gtable, float *gbias) {
     panels columns = pack(table, d, items, 1, d), whole = {};
     if (ghidden) whole = pack(table, items, d, d, 1);
@@ -96,9 +96,12 @@ void cross_entropy(int64_t rows, int64_t items, int64_t d, int64_t together, int
         float *scores = floats(together * row);
         const int thread = omp_get_thread_num();
         left_out out(seen, items);
-#pragma omp for schedule(static)
-        for (int64_t tile = 0; tile < (rows + together - 1) / together; tile++) {
-            const int64_t first = tile * together, count = rows - first < together ? rows - first : together;
+        // As OpenMP's static schedule divides the shares: the sums of a thread must not depend on `together`.
+        const int64_t shares = (rows + share - 1) / share, each = shares / omp_get_num_threads();
+        const int64_t more = shares % omp_get_num_threads(), before = thread * each + (thread < more ? thread : more);
+        const int64_t last = (before + each + (thread < more)) * share, end = last < rows ? last : rows;
+        for (int64_t first = before * share; first < end; first += together) {
+            const int64_t count = end - first < together ? end - first : together;
             multiply(count, hidden + first * d, d, &columns, 0, scores, row, 0);
             for (int64_t i = 0; i < count; i++)
                 losses[first + i] = softmax_of(&out, first + i, scores + i * row, targets, bias, scale, ghidden != 0);
