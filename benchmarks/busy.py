@@ -65,7 +65,7 @@ def load(processes: int) -> Iterator[None]:
 
 def measure(way: str, options: argparse.Namespace) -> list[float]:
     """Seconds of each epoch but the first, of a process that waits that way."""
-    said = {name: v for name, v in os.environ.items() if name not in VARIABLES and not name.startswith("KMP_")}
+    said = {name: v for name, v in os.environ.items() if name not in VARIABLES}
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.busy", "--here", *sys.argv[1:]]
     environment = {**said, "OMP_NUM_THREADS": str(options.threads), **WAYS[way]}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)

@@ -12,7 +12,7 @@ import os
 import sys
 
 SPIN_COUNT = "30000"  # by results/busy-cpu.md; GCC's default is 300,000
-VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # with every KMP_… of the other OpenMP, what a user says about it
+VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # by which a user says it, of either OpenMP
 
 
 def set_waiting() -> None:
@@ -20,6 +20,5 @@ def set_waiting() -> None:
 
     Does nothing if the environment says how they wait, or if PyTorch, which has read the environment, is loaded.
     """
-    said = any(name in VARIABLES or name.startswith("KMP_") for name in os.environ)
-    if not said and "torch" not in sys.modules:
+    if "torch" not in sys.modules and not any(name in os.environ for name in VARIABLES):
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recbole_holo.openmp import SPIN_COUNT, set_waiting
+from recbole_holo.openmp import SPIN_COUNT, VARIABLES, set_waiting
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
@@ -31,11 +31,11 @@ print(os.environ.get("GOMP_SPINCOUNT"), child)
         ({"OMP_WAIT_POLICY": "active"}, "None"),
         ({"GOMP_SPINCOUNT": "7"}, "7"),
         ({"KMP_BLOCKTIME": "0"}, "None"),
+        ({"KMP_INIT_AT_FORK": "FALSE"}, SPIN_COUNT),  # libraries set it
     ],
 )
 def test_it_can_be_said_in_time_and_children_hear_it(said: dict[str, str], found: str) -> None:
-    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-    environment = {name: value for name, value in os.environ.items() if name not in names} | said
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES} | said
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
     )
@@ -46,8 +46,7 @@ def test_it_can_be_said_in_time_and_children_hear_it(said: dict[str, str], found
 @pytest.mark.skipif(sys.platform != "linux", reason="GCC's OpenMP")
 def test_openmp_has_read_what_the_command_set() -> None:
     """By its own account."""
-    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     environment["OMP_DISPLAY_ENV"] = "verbose"
     done = subprocess.run(
         [sys.executable, "run_recbole_holo.py", "--dataset=nowhere"],
@@ -61,7 +60,7 @@ def test_openmp_has_read_what_the_command_set() -> None:
 
 
 def test_nothing_is_said_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     assert "torch" in sys.modules
     set_waiting()
