@@ -41,8 +41,8 @@ class Events:
         return torch.where((keys[place] == wanted) & (items < ids), events[place], len(keys))
 
     def to(self, device: torch.device) -> Events:
-        same = self.items.device == torch.device(device)
-        return self if same else Events(self.items.to(device), self.first.to(device), self.n_items)
+        items = self.items.to(device)  # the same where they are there, also for cuda as cuda:0
+        return self if items is self.items else Events(items, self.first.to(device), self.n_items)
 
 
 class Histories(NamedTuple):

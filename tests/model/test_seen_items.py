@@ -243,3 +243,16 @@ def test_the_catalogue_knows_how_often_items_are_met_again(clicks, tiny):
 def test_other_values_are_an_error(clicks, tiny):
     with pytest.raises(ConfigError, match="seen_items"):
         model_and_data(clicks, tiny, seen_items="skip")
+
+
+def test_events_that_are_on_the_device_are_not_made_anew() -> None:
+    """A configuration's device is cuda, a tensor's cuda:0; new events would be sorted again in every batch."""
+
+    class OnGpu:
+        device = torch.device("cuda", 0)
+
+        def to(self, device: torch.device) -> OnGpu:
+            return self
+
+    events = Events(OnGpu(), OnGpu(), 3)  # type: ignore[arg-type]
+    assert events.to(torch.device("cuda")) is events
