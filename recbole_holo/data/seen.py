@@ -92,9 +92,14 @@ def row_histories(dataset: SequentialDataset) -> tuple[Tensor, np.ndarray, np.nd
     if isinstance(dataset, PrefixDataset) and dataset.is_augmented:
         events, begin = dataset.events, rows[HISTORY_START]
         return events.items, events.first[begin].numpy(), begin.numpy() + length
-    shown = rows[dataset.item_id_list_field]
+    shown = _shown(dataset)
     start = np.arange(len(rows)) * shown.shape[1]
     return shown.flatten(), start, start + length
+
+
+def _shown(dataset: SequentialDataset) -> Tensor:
+    """The items that rows show, pads on the right: ``[n_rows, L]``."""
+    return dataset.inter_feat[getattr(dataset, f"{dataset.iid_field}_list_field")]
 
 
 class Repeats(NamedTuple):
@@ -146,7 +151,7 @@ def _sequential_repeats(dataset: SequentialDataset) -> Repeats:
         begin = rows[HISTORY_START]
         seen = dataset.events.first_time(dataset.events.first[begin], target) < begin + length
     else:  # zeros, the pads, are no target
-        seen = (rows[dataset.item_id_list_field] == target.unsqueeze(-1)).any(-1)
+        seen = (_shown(dataset) == target.unsqueeze(-1)).any(-1)
     return Repeats(int(seen.sum()), len(target))
 
 

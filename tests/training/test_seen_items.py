@@ -328,3 +328,16 @@ def test_where_items_do_not_repeat_the_advice_is_the_other(
     printed = capsys.readouterr().out
     assert "test: 0 of 40 targets (0.0%) were" in printed
     assert "read and select by the (unseen) metrics" in printed
+
+
+def test_rows_that_show_their_history_may_call_items_otherwise(events: Any, write_dataset: Callable[..., str]) -> None:
+    """FEARec reads RecBole's own rows."""
+    found = []
+    for item in ("item_id", "article"):
+        name = write_dataset(events, item, header=f"user_id:token\t{item}:token\ttimestamp:float")
+        load = {"load_col": {"inter": ["user_id", item, "timestamp"]}}
+        _, trainer, _, test = prepared("FEARec", name, ITEM_ID_FIELD=item, **load, n_layers=2)
+        known = KnownItems.of(test, trainer.device)
+        found.append((test.repeats, [tensor.tolist() for tensor in known.pairs(0, 20)]))
+    assert found[0] == found[1]
+    assert found[0][0]["test"].repeats > 0
