@@ -23,6 +23,7 @@ from recbole.utils.argument_list import dataset_arguments
 from recbole_holo.bridge import registry
 from recbole_holo.bridge.config import overridden
 from recbole_holo.data.batches import CandidateEvalLoader, SequenceEvalLoader, SequenceTrainLoader
+from recbole_holo.data.event_time import SETTINGS as EVENT_TIME_SETTINGS
 from recbole_holo.data.order import SETTINGS as ORDER_SETTINGS
 from recbole_holo.data.repairs import RepairedDataset
 from recbole_holo.data.seen import repeats_of
@@ -31,6 +32,8 @@ from recbole_holo.errors import ConfigError, DataError
 from recbole_holo.training import distributed
 from recbole_holo.training.distributed import ShardedTrainDataLoader
 
+# Of saved data, besides those that RecBole compares.
+DATA_SETTINGS = (*ORDER_SETTINGS, *EVENT_TIME_SETTINGS)
 PHASES = ("train", "valid", "test")
 # Models of RecBole that read the padded histories of all rows from the data set, besides their batches.
 READS_PADDED_LISTS = frozenset({"FEARec"})
@@ -66,7 +69,7 @@ def create_dataset(config) -> Any:
         with open(saved, "rb") as file:
             dataset = pickle.load(file)
         if all(
-            config[key] == dataset.config[key] for key in [*dataset_arguments, *ORDER_SETTINGS, "seed", "repeatable"]
+            config[key] == dataset.config[key] for key in [*dataset_arguments, *DATA_SETTINGS, "seed", "repeatable"]
         ):
             return dataset
     dataset = dataset_class(config)
@@ -90,7 +93,7 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
     # RecBole would also unpickle a file of the right name that merely lies in checkpoint_dir.
     wanted = config["dataloaders_save_path"] or config["save_dataloaders"]
     saved = load_split_dataloaders(config) if wanted else None
-    if saved is not None and all(config[key] == saved[0]._dataset.config[key] for key in ORDER_SETTINGS):
+    if saved is not None and all(config[key] == saved[0]._dataset.config[key] for key in DATA_SETTINGS):
         dataset._change_feat_format()
         return saved
 

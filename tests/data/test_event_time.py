@@ -193,3 +193,15 @@ def test_sampled_candidates_are_scored_with_the_gaps(timed: Any, kind: str) -> N
     torch.testing.assert_close(scores[drawn], expected[drawn], rtol=1e-4, atol=1e-5)
     histories[GAPS] = torch.zeros_like(histories[GAPS])
     assert not torch.allclose(model.full_sort_predict(histories)[drawn], scores[drawn], rtol=1e-2)
+
+
+def test_saved_data_without_the_gaps_are_made_anew(timed: Any) -> None:
+    name, _ = timed
+    prepared(name, save_dataset=True, save_dataloaders=True, checkpoint_dir="kept")
+    paths = {"dataset_save_path": f"kept/{name}-SequenceDataset.pth"}
+    paths["dataloaders_save_path"] = f"kept/{name}-for-RecMamba-dataloader.pth"
+    for settings in (paths, {"dataset_save_path": paths["dataset_save_path"]}):
+        for count in (8, 9):
+            train, *_ = prepared(name, **settings, event_time="gap", event_time_buckets=count)
+            assert train.dataset.gap_buckets.count == count
+            assert GAPS in next(iter(train))
