@@ -22,6 +22,7 @@ from recbole.utils.argument_list import dataset_arguments
 
 from recbole_holo.bridge import registry
 from recbole_holo.bridge.config import overridden
+from recbole_holo.bridge.metric_names import two_columns
 from recbole_holo.data.batches import CandidateEvalLoader, SequenceEvalLoader, SequenceTrainLoader
 from recbole_holo.data.event_time import SETTINGS as EVENT_TIME_SETTINGS
 from recbole_holo.data.order import SETTINGS as ORDER_SETTINGS
@@ -134,7 +135,10 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
 
 
 def _count_repeats(loaders: Sequence[Any], splits: Mapping[str, Any]) -> None:
-    """Leaves with the validation and test loaders how many of their targets were seen before."""
+    """Leaves with the validation and test loaders how many of their targets were seen before, where there are rankings
+    that it concerns."""
+    if not two_columns(loaders[0].config["metrics"]):
+        return
     found = repeats_of(splits)
     for phase, loader in zip(PHASES, loaders, strict=True):
         if phase in found:

@@ -341,3 +341,17 @@ def test_rows_that_show_their_history_may_call_items_otherwise(events: Any, writ
         found.append((test.repeats, [tensor.tolist() for tensor in known.pairs(0, 20)]))
     assert found[0] == found[1]
     assert found[0][0]["test"].repeats > 0
+
+
+def test_of_single_scores_nothing_is_advised(write_dataset: Callable[..., str], caplog: Any) -> None:
+    rows = [(f"u{i % 7}", f"i{i % 5}", i, i % 2) for i in range(100)]
+    name = write_dataset(rows, "clicks", header="user_id:token\titem_id:token\ttimestamp:float\tlabel:float")
+    columns = {"load_col": {"inter": ["user_id", "item_id", "timestamp", "label"]}, "LABEL_FIELD": "label"}
+    labelled = {"eval_args": {**BY_TIME, "mode": "labeled"}, "train_neg_sample_args": None}
+    with caplog.at_level(logging.INFO):
+        _, trainer, _, test = prepared(
+            "FM", name, **columns, **labelled, metrics=["AUC"], valid_metric="AUC", state="INFO"
+        )
+        assert list(trainer.evaluate(test, load_best_model=False)) == ["auc"]
+    assert "(unseen)" not in caplog.text
+    assert trainer.repeats == {}
