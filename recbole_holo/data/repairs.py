@@ -48,7 +48,7 @@ class RepairedDataset(Dataset):
     missing_values: dict[str, np.ndarray]
     order_of_time: OrderOfTime | None = None
     tied: torch.Tensor | None = None
-    _times: np.ndarray  # of the rows as they were loaded, float64
+    _times: np.ndarray  # of the rows, float64
 
     # ------------------------------------------------------------------ loading
     def _load_data(self, token: str, dataset_path: str) -> None:
@@ -200,6 +200,7 @@ class RepairedDataset(Dataset):
         tie_break, order_of_ties = self._tie_break(ties)
         order = time_order(times, tie_break, users if sequential else None)
         self.inter_feat = self.inter_feat.iloc[order].reset_index(drop=True)
+        self._times = self._times[order]
 
         by_user = order if sequential else order[np.argsort(users[order], kind="stable")]
         users, times = users[by_user], times[by_user]

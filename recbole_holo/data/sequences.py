@@ -171,7 +171,7 @@ class SequenceDataset(PrefixDataset):
 
     def _read_gaps(self, events: pd.DataFrame) -> Gaps:
         if self.config["benchmark_filename"] is None:
-            self.event_times = events[self.time_field].to_numpy(np.float64)
+            self.event_times = self._times.astype(np.float64)
             return Gaps.between(self.event_times, events[self.uid_field].to_numpy())
         lists = f"{self.time_field}{self.config['LIST_SUFFIX']}"
         for field in (self.time_field, lists):

@@ -205,3 +205,12 @@ def test_saved_data_without_the_gaps_are_made_anew(timed: Any) -> None:
             train, *_ = prepared(name, **settings, event_time="gap", event_time_buckets=count)
             assert train.dataset.gap_buckets.count == count
             assert GAPS in next(iter(train))
+
+
+def test_a_time_that_is_discretized_too_has_exact_gaps(timed: Any) -> None:
+    name, _ = timed
+    plain = prepared(name, event_time="gap")[0].dataset
+    buckets = {"timestamp": {"method": "ED", "bucket": 3}}
+    other = prepared(name, event_time="gap", numerical_features=["timestamp"], discretization=buckets)[0].dataset
+    assert other.gap_buckets == plain.gap_buckets
+    assert torch.equal(other.gap_numbers, plain.gap_numbers)
