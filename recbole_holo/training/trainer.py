@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from recbole_holo.bridge import checkpoint, registry
 from recbole_holo.bridge.config import overridden
+from recbole_holo.bridge.metric_names import kept_name
 from recbole_holo.data.batches import SequenceTrainLoader
 from recbole_holo.data.catalogue import Catalogue
 from recbole_holo.errors import ConfigError, NonFiniteLoss
@@ -148,10 +149,7 @@ class SafeCheckpoints(TwoColumns):
             raise ConfigError("resume", os.fspath(resume_file), f"it is a checkpoint of {saved['config']['model']}")
         self.saved_model_file = os.fspath(resume_file)
         self.start_epoch = saved["epoch"] + 1
-        self.cur_step = saved["cur_step"]
-        self.best_valid_score = saved["best_valid_score"]
-        self.best_valid_result = saved.get("best_valid_result")
-        self.valid_scores = list(saved.get("valid_scores", []))
+        self._resume_selection(saved)
         self._load_weights(saved)
         self.model.load_other_parameter(checkpoint.unpack(saved.get("other_parameter")))
         self.optimizer.load_state_dict(saved["optimizer"])
@@ -163,6 +161,26 @@ class SafeCheckpoints(TwoColumns):
                 f"epochs: {self.epochs}, but the checkpoint is of a run of {planned}: lr_scheduler goes over all "
                 f"epochs, so the learning rate jumps. To continue as planned use {planned}, or lr_scheduler: ~"
             )
+
+    def _resume_selection(self, saved: dict[str, Any]) -> None:
+        """The best epoch so far, in the metric that epochs are chosen by now; the checkpoint's may be another."""
+        self.valid_scores = list(saved.get("valid_scores", []))
+        self.cur_step, self.best_valid_score = saved["cur_step"], saved["best_valid_score"]
+        self.best_valid_result = found = saved.get("best_valid_result")
+        if not found:
+            return
+        name = self.valid_metric
+        if self.config.ranks_general and name not in found:  # from before there were two columns
+            name = kept_name(name)
+        score = found.get(name)
+        if score == self.best_valid_score:
+            return
+        worst = -np.inf if self.valid_metric_bigger else np.inf
+        self.cur_step, self.valid_scores, self.best_valid_score = 0, [], worst if score is None else score
+        self.logger.warning(
+            f"valid_metric: {self.valid_metric}, but the checkpoint is of a run with another: its epoch, "
+            + ("which does not say it, is not compared with" if score is None else f"with {score}, is to be beaten")
+        )
 
     def fit(self, train_data: Any, valid_data: Any = None, **kwargs: Any) -> tuple[float, dict[str, float] | None]:
         self._train_data = train_data

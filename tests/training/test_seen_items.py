@@ -355,3 +355,38 @@ def test_of_single_scores_nothing_is_advised(write_dataset: Callable[..., str], 
         assert list(trainer.evaluate(test, load_best_model=False)) == ["auc"]
     assert "(unseen)" not in caplog.text
     assert trainer.repeats == {}
+
+
+@pytest.mark.parametrize(
+    ("model", "metric", "known"),
+    [("RecMamba", "NDCG@5", True), ("RecMamba", "MRR@2", True), ("BPR", "NDCG@2", True), ("RecMamba", "Hit@3", False)],
+)
+def test_a_run_that_goes_on_by_another_metric_compares_like_with_like(
+    model: str, metric: str, known: bool, dataset: str, caplog: Any
+) -> None:
+    """A score of one column is not to be beaten by one of the other."""
+    _, trainer, valid, _ = prepared(model, dataset, valid_metric="NDCG@5 (unseen)", train_batch_size=8)
+    _, trainer.best_valid_result = trainer._valid_epoch(valid)
+    trainer.best_valid_score, trainer.cur_step = trainer.best_valid_result["ndcg@5 (unseen)"], 2
+    trainer._save_checkpoint(0, verbose=False)
+    topk = [3] if metric == "Hit@3" else [2, K]
+    _, other, _, _ = prepared(model, dataset, valid_metric=metric, topk=topk)
+    other.resume_checkpoint(trainer.saved_model_file)
+    wanted = trainer.best_valid_result[other.valid_metric] if known else -np.inf
+    assert other.best_valid_score == wanted != trainer.best_valid_score
+    assert other.cur_step == 0
+    assert "valid_metric" in caplog.text
+
+    _, same, _, _ = prepared(model, dataset, valid_metric="ndcg@5(unseen)")
+    same.resume_checkpoint(trainer.saved_model_file)
+    assert (same.best_valid_score, same.cur_step) == (trainer.best_valid_score, 2)
+
+
+def test_a_general_models_score_from_before_two_columns_is_that_of_the_second(dataset: str, caplog: Any) -> None:
+    _, trainer, _, _ = prepared("BPR", dataset, valid_metric="NDCG@5")
+    trainer._valid_result, trainer.best_valid_score, trainer.cur_step = {"ndcg@5": 0.25}, 0.25, 2
+    trainer._save_checkpoint(0, verbose=False)
+    _, other, _, _ = prepared("BPR", dataset, valid_metric="NDCG@5")
+    other.resume_checkpoint(trainer.saved_model_file)
+    assert (other.best_valid_score, other.cur_step) == (0.25, 2)
+    assert "valid_metric" not in caplog.text
