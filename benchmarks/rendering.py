@@ -14,6 +14,7 @@ from tabulate import tabulate
 
 from benchmarks.cells import RESULTS
 from recbole_holo.bridge.metric_names import UNSEEN, kept_name
+from recbole_holo.data.event_time import EVENT_TIMES
 
 if TYPE_CHECKING:
     from benchmarks.accuracy import Table
@@ -119,6 +120,8 @@ def _dataset(table: Table, dataset: str, rows: dict[str, list[dict[str, Any]]]) 
     head = [f"test {m}" for m in metrics] + [f"Δ {metric} (p)" for metric in compared]
     head = ["model", *head, "parameters", "without item tables", "s/epoch", "seeds"]
     text = tabulate(lines, headers=head, tablefmt="github", disable_numparse=True) + _pairs(table, rows)
+    told = [row for row, cells in rows.items() if any(cell.get("event_time") == "request" for cell in cells)]
+    text += f"\n\n{', '.join(told)}: event_time: {EVENT_TIMES['request']}." if told else ""
     return text + (f"\n\n{open_cells} cells are still to run." if open_cells else "")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +197,14 @@ def test_a_difference_is_paired_over_users() -> None:
 
 def test_holm() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+def test_a_page_says_which_rows_know_when_they_are_asked(table: Table) -> None:
+    cell = {"test": {"hit@5": 0.5, "ndcg@5": 0.3}, "seed": 1, "seconds_per_epoch": 1.0, "parameters": 2}
+    cell["parameters_without_embeddings"] = 1
+    rows = {"plain": [cell], "bound": [{**cell, "event_time": "gap"}], "shuffled": [{**cell, "event_time": "request"}]}
+    (dataset,) = table.datasets
+    page = rendering._dataset(table, dataset, rows)
+    assert re.search(r"^shuffled: .*THE TIME OF THE EVENT TO BE PREDICTED", page, re.MULTILINE)
+    del rows["shuffled"]
+    assert "TIME OF THE EVENT" not in rendering._dataset(table, dataset, rows)
