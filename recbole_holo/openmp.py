@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 
-SPIN_COUNT = "30000"  # by results/busy-cpu.md; GCC's default is 300,000
+SPIN_COUNT = "30000"  # by results/busy-cpu.md: nothing lost alone; GCC's default is 300,000
 VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # by which a user says it, of either OpenMP
 
 

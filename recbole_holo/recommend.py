@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if (args.history is None) + (args.user is None) + (not args.interactive) != 2:
             raise ConfigError("history, user, interactive", None, "give one of the three")
+        if args.times is not None and args.history is None:
+            raise ConfigError("times", args.times, "they are those of a --history: give one, or leave them out")
         if args.user is not None and args.store is None:
             raise ConfigError("store", None, "a user's state is in a store: name its file, or give a --history")
         if args.store is not None and not os.path.isfile(args.store):

@@ -44,7 +44,7 @@ def test_what_the_user_has_is_left_out_or_not_and_said_so(checkpoint: str, capsy
     history = ["--checkpoint", checkpoint, "--history", "i3|i4", "--k", "18"]
     assert main(history) == 0
     default = capsys.readouterr()
-    assert "items that a user has are left out: 0% of the training targets were repeats" in default.err
+    assert "items that a user has are left out: repeats among the training targets: 0%" in default.err
     assert len(default.out.splitlines()) == 2 + 18
     assert not {"i3", "i4"} & {line.split()[1] for line in default.out.splitlines()[2:]}
     assert main([*history, "--include_seen"]) == 0
@@ -96,6 +96,10 @@ def test_where_items_were() -> None:
         ([], "give one of the three"),
         (["--history", "i1", "--interactive"], "give one of the three"),
         (["--user", "ann", "--store", "typo.db"], "store: 'typo.db' cannot be used: there is no such file"),
+        (
+            ["--user", "ann", "--store", "x.db", "--times", "1|2"],
+            "times: '1|2' cannot be used: they are those of a --history",
+        ),
         (["--user", "ann"], "store: None cannot be used: a user's state is in a store"),
     ],
 )

@@ -286,6 +286,7 @@ class Config(RecBoleConfig):
             if final.get(field, allowed[0]) not in allowed:
                 raise ConfigError(field, final[field], nearest(final[field], allowed))
         self._check_shuffle_ties(final)
+        self._drop_what_only_ours_read(final)
         for field, least in (("epochs", 0), ("train_batch_size", 1), ("eval_batch_size", 1), ("eval_step", 0)):
             if type(final[field]) is not int or final[field] < least:
                 raise ConfigError(field, final[field], f"use a whole number of at least {least}")
@@ -310,6 +311,17 @@ class Config(RecBoleConfig):
             raise ConfigError("shuffle_ties", True, remedy)
         if final.get("benchmark_filename"):
             raise ConfigError("shuffle_ties", True, "the rows of benchmark_filename are in no order of time: use False")
+
+    def _drop_what_only_ours_read(self, final: dict[str, Any]) -> None:
+        """RecBole's models train as RecBole does: what they would pass over must not stand in their report."""
+        if registry.is_ours(self.model):
+            return
+        for field, plain in (("seen_items", "kept"), ("event_time", None)):
+            if final.get(field, plain) not in (plain, None):
+                getLogger().warning(
+                    f"{field}: {self.model} is RecBole's and does not read it; {final[field]!r} is dropped"
+                )
+                final[field] = plain
 
     def known_keys(self) -> set[str]:
         """All keys that mean something for this model and data set."""

@@ -31,7 +31,7 @@ class Catalogue:
         titles: of each item, "" where there is none.
         popularity: of each item, the users who have it in the training split, ``[n_items]``.
         item_attributes: as the model binds them.
-        repeats: part of the training targets whose user had met the item before, 0 to 1.
+        repeats: part of the training targets whose user had met the item before, 0 to 1; None: not known.
         gap_buckets: as the model reads the time between events; None where it does not.
     """
 
@@ -41,7 +41,7 @@ class Catalogue:
     titles: list[str]
     popularity: Tensor
     item_attributes: dict[str, ItemAttribute] = field(default_factory=dict)
-    repeats: float = 0.0
+    repeats: float | None = None
     gap_buckets: GapBuckets | None = None
 
     @classmethod
@@ -135,11 +135,11 @@ class Catalogue:
         return self.titles[number] or self.tokens[number]
 
 
-def repeats_of(dataset: Any) -> float:
-    """Part of a training split's targets whose user had met the item before; 0 where it holds no whole sequences."""
+def repeats_of(dataset: Any) -> float | None:
+    """Part of a training split's targets whose user had met the item before; None where it holds no whole sequences."""
     following = getattr(dataset, "following", None)
     if following is None:
-        return 0.0
+        return None
     target = (following > 0).nonzero().flatten() + 1
     events = dataset.events
     met = events.first_time(events.first[target], events.items[target]) < target

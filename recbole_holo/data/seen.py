@@ -115,10 +115,7 @@ class Repeats(NamedTuple):
     def advice(self) -> str:
         """Which column to read."""
         if self.share > MANY_REPEATS:
-            return (
-                "what users have seen is part of the answer here: read and select by the metrics that keep it; in "
-                "(unseen) a repeated target counts as missed"
-            )
+            return "what users have seen is part of the answer here: read and select by the metrics that keep it"
         return "a service would not show again what users have seen: read and select by the (unseen) metrics"
 
     def sentence(self, split: str) -> str:

@@ -173,7 +173,7 @@ class Recommender:
         leaves = not isinstance(self.store, MemoryStore)
         self.codec = Codec(model.state_layout(), storage, checked=leaves, version=self.version)
         self.remember, self.late, self.index = remember, late, index
-        self.excludes_seen = bool(model.excludes_seen) or self.catalogue.repeats < REPEATED
+        self.excludes_seen = bool(model.excludes_seen) or (self.catalogue.repeats or 0.0) < REPEATED
         getLogger("recbole_holo").info("%s", self.about_seen_items())
         self._device = next(model.parameters()).device
         self._popular = self.catalogue.popularity[1:].argsort(descending=True, stable=True).numpy() + 1
@@ -235,7 +235,9 @@ class Recommender:
         if self.model.excludes_seen:
             why = "the model was trained for rankings without them (seen_items: excluded)"
         else:
-            why = f"{self.catalogue.repeats:.0%} of the training targets were repeats"
+            share = self.catalogue.repeats
+            why = "not known" if share is None else f"{share:.0%}"
+            why = f"repeats among the training targets: {why}"
         return f"items that a user has are {verb}: {why}"
 
     # ------------------------------------------------------------------ events in

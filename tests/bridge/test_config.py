@@ -120,6 +120,15 @@ def test_valid_metric_is_either_column_however_it_is_spelled(text: str) -> None:
     assert not Config("RecMamba", "ml-100k", config_dict=small)["valid_metric_bigger"]
 
 
+def test_what_only_our_models_read_is_dropped_for_recboles(caplog: pytest.LogCaptureFixture) -> None:
+    asked = {"seen_items": "excluded", "event_time": "gap"}
+    config = Config("SASRec", "ml-100k", config_dict=asked)
+    assert (config["seen_items"], config["event_time"]) == ("kept", None)
+    assert "seen_items: SASRec is RecBole's and does not read it; 'excluded' is dropped" in caplog.text
+    ours = Config("RecMamba", "ml-100k", config_dict=asked)
+    assert (ours["seen_items"], ours["event_time"]) == ("excluded", "gap")
+
+
 def test_malformed_and_missing_files(tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text("epochs: [1, 2\nseed: 3\n")
