@@ -104,6 +104,7 @@ def render(table: Table) -> str:
 
 def _dataset(table: Table, dataset: str, rows: dict[str, list[dict[str, Any]]]) -> str:
     metrics, base = shown_metrics(table, rows), table.content.get("baseline")
+    validation = bool(table.content.get("show_validation"))
     last = [metric for metric in metrics if kept_name(metric) == kept_name(metrics[-1])]  # one, or its two columns
     pairs = [(row, base) for row in rows if row != base] if base in rows else []
     compared = {metric: _compared(rows, pairs, metric) for metric in last} if base else {}
@@ -113,16 +114,31 @@ def _dataset(table: Table, dataset: str, rows: dict[str, list[dict[str, Any]]]) 
         seconds = statistics.median(cell["seconds_per_epoch"] for cell in cells)
         sizes = [f"{cells[0][key]:,}" for key in ("parameters", "parameters_without_embeddings")]
         delta = [found.get((row, base), "") for found in compared.values()]
-        lines.append([row, *spread, *delta, *sizes, f"{seconds:.1f}", len(cells)])
+        selected = [_mean_and_deviation([max(cell["valid_scores"]) for cell in cells])] if validation else []
+        lines.append([row, *selected, *spread, *delta, *sizes, f"{seconds:.1f}", len(cells)])
     open_cells = sum(
         not table.cell(dataset, r, s).exists() for r in table.content["rows"] for s in table.content["seeds"]
     )
     head = [f"test {m}" for m in metrics] + [f"Δ {metric} (p)" for metric in compared]
-    head = ["model", *head, "parameters", "without item tables", "s/epoch", "seeds"]
+    head = ["model", *["validation"] * validation, *head, "parameters", "without item tables", "s/epoch", "seeds"]
     text = tabulate(lines, headers=head, tablefmt="github", disable_numparse=True) + _pairs(table, rows)
     told = [row for row, cells in rows.items() if any(cell.get("event_time") == "request" for cell in cells)]
     text += f"\n\n{', '.join(told)}: event_time: {EVENT_TIMES['request']}." if told else ""
+    text += _published(table, dataset, metrics)
     return text + (f"\n\n{open_cells} cells are still to run." if open_cells else "")
+
+
+def _published(table: Table, dataset: str, metrics: list[str]) -> str:
+    """What others report under nearly the same protocol, and in what theirs differs."""
+    rows = (table.content.get("published") or {}).get(dataset, [])
+    if not rows:
+        return ""
+    lines = [
+        [row["row"], *(f"{row[metric]:.4f}" if metric in row else "-" for metric in metrics), row.get("differs", "")]
+        for row in rows
+    ]
+    head = ["published", *(f"test {metric}" for metric in metrics), "what differs"]
+    return f"\n\n{tabulate(lines, headers=head, tablefmt='github', disable_numparse=True)}"
 
 
 def shown_metrics(table: Table, rows: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -196,13 +212,11 @@ def _mean_and_deviation(values: list[float | None]) -> str:
 
 def _plot(table: Table, found: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
     """A panel a data set: the last metric of each row, with the deviation over the seeds."""
-    pyplot = _pyplot()
+    plt = pyplot()
     metric = table.content["report"][-1]
     shown = [dataset for dataset in table.datasets if any(found[dataset, row] for row in table.content["rows"])]
     height = 1.2 + 0.3 * len(table.content["rows"])
-    figure, axes = pyplot.subplots(
-        1, len(shown), figsize=(5.5 * len(shown), height), layout="constrained", squeeze=False
-    )
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), height), layout="constrained", squeeze=False)
     for axis, dataset in zip(axes[0], shown, strict=True):
         rows = [row for row in reversed(table.content["rows"]) if found[dataset, row]]
         values = [[cell["test"][metric] for cell in found[dataset, row]] for row in rows]
@@ -213,14 +227,14 @@ def _plot(table: Table, found: dict[tuple[str, str], list[dict[str, Any]]]) -> N
         axis.set(title=dataset, xlabel=f"test {metric}")
         axis.grid(alpha=0.3)
     figure.savefig(RESULTS / f"{table.name}.png", dpi=110)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
 def _curves(table: Table, found: dict[tuple[str, str], list[dict[str, Any]]]) -> None:
     """A panel a data set: validation by epoch, the mean over the seeds of each row."""
-    pyplot = _pyplot()
+    plt = pyplot()
     shown = [dataset for dataset in table.datasets if any(found[dataset, row] for row in table.content["rows"])]
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(5.5 * len(shown), 4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(shown), figsize=(5.5 * len(shown), 4), layout="constrained", squeeze=False)
     for axis, dataset in zip(axes[0], shown, strict=True):
         for row in table.content["rows"]:
             curves = [cell["valid_scores"] for cell in found[dataset, row] if cell.get("valid_scores")]
@@ -231,10 +245,11 @@ def _curves(table: Table, found: dict[tuple[str, str], list[dict[str, Any]]]) ->
         axis.grid(alpha=0.3)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(RESULTS / f"{table.name}-curves.png", dpi=110)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's, drawing into files."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from logging import getLogger
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ def run(
     port: str | int = "5678",
     group_offset: int = 0,
     argv: Sequence[str] = (),
+    callback_fn: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
     """Trains ``model`` on ``dataset`` and evaluates it; RecBole's ``run`` with the same arguments.
 
@@ -63,6 +64,8 @@ def run(
         saved: keep checkpoints, and report the best epoch's test metrics; otherwise the last epoch's.
         test: evaluate the test split at the end; without it nothing of it is seen, as tuning must.
         argv: command line words ``--key=value``, which win over everything else.
+        callback_fn: called with the epoch and its score after every validation, in one process only; what it raises
+            ends the run.
 
     Returns:
         ``best_valid_score``, ``valid_score_bigger``, ``best_valid_result``, ``test_result`` (RecBole's keys);
@@ -74,7 +77,7 @@ def run(
     """
     settings = dict(config_dict or {})
     if nproc == 1 and world_size <= 1:
-        return _run(model, dataset, config_file_list, settings, saved, test, argv)
+        return _run(model, dataset, config_file_list, settings, saved, test, argv, callback_fn)
     _check_writable(Config(model, dataset, config_file_list, settings, argv))  # errors before processes start
     launch = {"nproc": nproc, "world_size": nproc if world_size == -1 else world_size}
     settings.update(launch, ip=ip, port=str(port), offset=group_offset)
@@ -93,13 +96,17 @@ def _run_process(rank, model, dataset, config_file_list, settings, saved, test, 
 
 
 @quiet_recbole()
-def _run(model, dataset, config_file_list, settings, saved, test, argv) -> dict[str, Any]:
+def _run(model, dataset, config_file_list, settings, saved, test, argv, callback_fn=None) -> dict[str, Any]:
     config = Config(model, dataset, config_file_list, settings, argv)
     trainer, train_data, valid_data, test_data = prepare(config)
     if config["resume"]:
         trainer.resume_checkpoint(config["resume"])
     best_score, best_result = trainer.fit(
-        train_data, valid_data, saved=saved, show_progress=bool(config["show_progress"])
+        train_data,
+        valid_data,
+        saved=saved,
+        show_progress=bool(config["show_progress"]),
+        callback_fn=callback_fn,
     )
     test_result = ranks = ranks_unseen = None
     if test:

@@ -96,6 +96,41 @@ def test_a_table_runs_what_is_missing_tunes_on_validation_and_renders(table: Tab
         assert (rendering.RESULTS / name).stat().st_size > 1000
 
 
+def test_a_trial_that_falls_behind_the_best_is_stopped_and_never_chosen(table: Table) -> None:
+    (dataset,) = table.datasets
+    table.content["settings"]["epochs"] = 4
+    table.content.update(stop_trials={"after": 0.5, "below": 0.9}, show_validation=True)
+    table.content["spaces"] = {"rates": [{"learning_rate": 0.02}, {"learning_rate": 1e-9}]}
+    table.content["rows"]["bound"]["search"] = "rates"
+    trials = [job for job in missing(table) if job[3]]
+    for job in trials:
+        run_cell(table, *job, str(Path("dataset").resolve()))
+    good, bad = (json.loads(path.read_text()) for path in table.trials(dataset, "bound"))
+    assert len(good["valid_scores"]) == 4
+    assert bad["stopped_after"] == 2
+    assert bad["valid_score"] < 0.9 * max(good["valid_scores"][:2])
+    assert not [job for job in missing(table) if job[3]]
+    assert table.best(dataset, "bound") == {"learning_rate": 0.02}
+    run_cell(table, dataset, "bound", 1, None, str(Path("dataset").resolve()))
+    cell = json.loads(table.cell(dataset, "bound", 1).read_text())
+    assert f"{max(cell['valid_scores']):.4f}" in render(table)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "score", "ends"),
+    [(0, 0.0, False), (1, 0.44, True), (1, 0.46, False), (2, 0.71, True), (3, 0.0, False)],
+)
+def test_a_trial_is_compared_at_the_same_part_of_its_run(epoch: int, score: float, ends: bool) -> None:
+    """Of 4 epochs, with one of 8 that had its best score of the first half at .5; never at its end."""
+    best = 0.9 * np.maximum.accumulate([0.1, 0.2, 0.5, 0.4, 0.7, 0.8, 0.8, 0.9])
+    judge = accuracy.StopsTrials(epochs=4, after=0.5, best=best)
+    if ends:
+        with pytest.raises(accuracy.TrialStopped, match=f"after {epoch + 1} epochs"):
+            judge(epoch, score)
+    else:
+        judge(epoch, score)
+
+
 def test_cells_with_one_column_are_rendered_as_before_and_beside_new_ones(table: Table) -> None:
     (dataset,) = table.datasets
     (rendering.RESULTS / "cells").mkdir(parents=True)
