@@ -17,16 +17,15 @@ from recbole_holo.data.histories import Seen, histories_of
 from recbole_holo.errors import ConfigError
 from recbole_holo.layers.bundling import Layout
 from recbole_holo.layers.carried import Carried
+from recbole_holo.losses import make_loss
+from recbole_holo.losses.base import Positions, SeenRivals
 from recbole_holo.model.items import BoundItems
-from recbole_holo.model.negatives import DISTRIBUTIONS, NegativeSampler, target_counts
 from recbole_holo.model.settings import one_of, positive_int
-from recbole_holo.ops import cross_entropy, losses
+from recbole_holo.ops.losses import ItemVectors
 from recbole_holo.ops.rows import select_rows
 
-LOSSES = ("CE", "BPR", "BCE", "InfoNCE", "SampledCE")
 SIMILARITIES = ("dot", "cosine")
 SEEN_ITEMS = ("kept", "excluded")
-REDRAWS = 8  # of a negative that was seen
 PREFIX_GROUPS = 8  # parts of a batch of prefixes, each of nearly one length
 
 
@@ -56,6 +55,8 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
     (ours), neither in the softmax nor as sampled negatives; a target that was itself seen stays the target. The model
     then learns the ranking that a service shows, and nothing about repeats.
 
+    **Losses.** ``loss_type`` names a file of :mod:`recbole_holo.losses`; another is added by ``register_loss``.
+
     **Large catalogues.** ``SampledCE`` estimates CE from ``num_negatives`` items; it is InfoNCE with the log-q
     correction on, and both read the settings of negatives. ``sparse_embedding`` makes the gradients of the item tables
     sparse (in training mode, for a lookup of any table of n_items rows and for the loss), so that a step costs what
@@ -79,15 +80,13 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
     (:class:`~recbole_holo.layers.event_time.EventTime`). A model that does so says ``reads_event_time = True``, and one
     that reads its items by :meth:`embed_events` has no more to do.
 
-    Config keys: ``loss_type`` (CE | BPR | BCE | InfoNCE | SampledCE), ``similarity`` (dot | cosine), ``temperature``
-    (float), ``learn_temperature`` (bool), ``item_bias`` (bool), ``seen_items`` (kept | excluded), ``sparse_embedding``
-    (bool); of InfoNCE and SampledCE: ``num_negatives`` (int), ``negative_distribution`` (uniform | popularity |
-    in_batch | mixed), ``popularity_exponent`` (float), ``logq_correction`` (bool, ~ = True for SampledCE and False for
-    InfoNCE). Of attributes: ``binding`` (~ | item | role | both | triple | add | concat), ``binding_algebra`` (none |
-    unitary), ``binding_scale`` (ortho | none | ~), ``binding_alpha`` (float), ``bind_output`` (bool | added),
-    ``cold_items`` (train | attributes), ``attribute_values`` (mean | first), ``attribute_floats`` (quantile | learned),
-    ``attribute_range`` (float), ``attribute_size`` (int). Of times: ``event_time`` (~ | gap | request),
-    ``event_time_form`` (add | role), ``event_time_buckets`` (int).
+    Config keys: ``loss_type`` (CE | BPR | BCE | gBCE | InfoNCE | SampledCE), ``similarity`` (dot | cosine),
+    ``temperature`` (float), ``learn_temperature`` (bool), ``item_bias`` (bool), ``seen_items`` (kept | excluded),
+    ``sparse_embedding`` (bool), and those of the loss. Of attributes: ``binding`` (~ | item | role | both | triple |
+    add | concat), ``binding_algebra`` (none | unitary), ``binding_scale`` (ortho | none | ~), ``binding_alpha``
+    (float), ``bind_output`` (bool | added), ``cold_items`` (train | attributes), ``attribute_values`` (mean | first),
+    ``attribute_floats`` (quantile | learned), ``attribute_range`` (float), ``attribute_size`` (int). Of times:
+    ``event_time`` (~ | gap | request), ``event_time_form`` (add | role), ``event_time_buckets`` (int).
     """
 
     input_type = InputType.POINTWISE  # negatives, where a loss needs them, are drawn by the model
@@ -98,7 +97,6 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
 
     def __init__(self, config, dataset) -> None:
         super().__init__(config, dataset)
-        self.loss_type = one_of("loss_type", config["loss_type"], LOSSES)
         self.cosine = one_of("similarity", config["similarity"] or "dot", SIMILARITIES) == "cosine"
         self.excludes_seen = one_of("seen_items", config["seen_items"] or "kept", SEEN_ITEMS) == "excluded"
         self.ITEM_TARGETS = self.ITEM_ID + TARGETS_SUFFIX
@@ -124,9 +122,7 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
             remedy = f"{type(self).__name__} reads no times: leave it at ~"
             raise ConfigError("event_time", config["event_time"], remedy)
         self.find_trained_items(config, dataset)
-        self.negative_sampler = (
-            self._negative_sampler(config, dataset) if self.loss_type in ("InfoNCE", "SampledCE") else None
-        )
+        self.criterion = make_loss(config, dataset, self.ITEM_ID, self.trained_items)
         if config["train_steps_at_once"] is not None:
             positive_int("train_steps_at_once", config["train_steps_at_once"])
             if not self.carries_state:
@@ -135,27 +131,11 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         if (config["bundle_size"] or 1) != 1 and not self.bundles_events:
             raise ConfigError("bundle_size", config["bundle_size"], f"{type(self).__name__} bundles no events: use 1")
         self.sparse_embedding = bool(config["sparse_embedding"])
-        if self.sparse_embedding and self.loss_type == "CE":
-            raise ConfigError(
-                "sparse_embedding",
-                True,
-                "CE gives every item a gradient; with loss_type SampledCE only a batch's have one",
+        if self.sparse_embedding and self.criterion.reads_whole_table:
+            remedy = (
+                f"{config['loss_type']} gives every item a gradient; with loss_type SampledCE only a batch's have one"
             )
-
-    def _negative_sampler(self, config, dataset) -> NegativeSampler:
-        corrected, exponent = config["logq_correction"], config["popularity_exponent"]
-        corrected = self.loss_type == "SampledCE" if corrected is None else bool(corrected)
-        distribution = one_of("negative_distribution", config["negative_distribution"] or "uniform", DISTRIBUTIONS)
-        exponent = 1.0 if exponent is None else exponent
-        if not isinstance(exponent, (int, float)) or not 0 <= exponent <= 1:
-            raise ConfigError("popularity_exponent", exponent, "use a number from 0 (uniform) to 1 (the frequencies)")
-        counted = distribution == "popularity" or (distribution != "uniform" and corrected)
-        counts = target_counts(dataset, self.ITEM_ID) if counted else None
-        n_items = self.n_items
-        if self.trained_items is not None:
-            n_items, counts = len(self.trained_items), None if counts is None else counts[self.trained_items]
-        n_negatives = positive_int("num_negatives", config["num_negatives"])
-        return NegativeSampler(distribution, n_negatives, n_items, counts, exponent, corrected)
+            raise ConfigError("sparse_embedding", True, remedy)
 
     def train(self, mode: bool = True) -> SequenceRecommender:
         """As of any module; the item tables' lookups get the kind of gradient that ``sparse_embedding`` says."""
@@ -287,64 +267,35 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
             seen: what the user of each position had seen, in the same order; it is left out of what the target is
                 compared with. None: nothing is left out.
         """
-        temperature, known = self.log_temperature.exp(), self.trained_items
+        known = self.trained_items
         bias: Tensor | None = self.item_bias
-        n_items = self.n_items
         if known is not None:  # nobody knows the others yet
-            n_items, targets = len(known), self.trained_number[targets]
-            bias = None if bias is None else bias[known]
+            targets, bias = self.trained_number[targets], None if bias is None else bias[known]
         if targets.numel() == 0:  # with a gradient of the table, so that processes agree on what they average
             return (hidden.sum() + self.item_rows(targets).sum()) * 0.0
-        query, scaled_bias = self._query(hidden), bias
-        if self.tempered:
-            query, scaled_bias = query / temperature, None if bias is None else bias / temperature
-        if self.loss_type == "CE":
-            # The pad is never a target; as a rival it would train its row away from zero.
-            ranges = None if seen is None else seen.ranges()
-            if ranges is not None and known is not None:
-                ranges = ranges._replace(items=self.trained_number[ranges.items])
-            table = self._table(self._trained_vectors())
-            return cross_entropy(query, targets, table, scaled_bias, exclude_pad=True, seen=ranges)
-        vectors, sparse = self._sampled_from(len(targets))
-        if self.negative_sampler is not None:
-            negatives, log_counts = self.negative_sampler(targets)
-            left_out = None if seen is None else seen.among(negatives if known is None else known[negatives])
-            return losses.info_nce(
-                hidden, targets, vectors, negatives, bias, temperature, self.cosine, log_counts, sparse, left_out
-            )
-        pairwise = losses.bpr if self.loss_type == "BPR" else losses.bce
-        negatives, left_out = self._unseen_negatives(targets, n_items, seen)
-        return pairwise(query, targets, negatives, vectors, scaled_bias, self.cosine, sparse, left_out)
-
-    def _unseen_negatives(self, targets: Tensor, n_items: int, seen: Seen | None) -> tuple[Tensor, Tensor | None]:
-        """One negative a position, numbered as in the loss ``[M]``, and which of them were seen after all: where a
-        user has seen nearly everything, drawing again ends."""
-
-        def draw() -> Tensor:
-            return losses.sample_negatives(targets.shape, n_items, targets.device, exclude=targets)
-
-        negatives = draw()
-        if seen is None:
-            return negatives, None
-        for _ in range(REDRAWS):
-            negatives = torch.where(self._met(seen, negatives), draw(), negatives)
-        return negatives, self._met(seen, negatives)
-
-    def _met(self, seen: Seen, items: Tensor) -> Tensor:
-        return seen.contains(items if self.trained_items is None else self.trained_items[items])
+        positions = Positions(
+            hidden,
+            targets,
+            n_rivals=self.n_items if known is None else len(known),
+            cosine=self.cosine,
+            temperature=self.log_temperature.exp() if self.tempered else None,
+            bias=bias,
+            seen=None if seen is None else SeenRivals(seen, known, None if known is None else self.trained_number),
+            table=lambda: self._table(self._trained_vectors()),
+            vectors_for=self._vectors_for,
+        )
+        return self.criterion(positions)
 
     def _trained_vectors(self) -> Tensor:
         """:meth:`item_vectors` of the trained items alone, numbered as in the loss."""
         table = self.item_vectors()
         return table if self.trained_items is None else table.index_select(0, self.trained_items)
 
-    def _sampled_from(self, n_targets: int) -> tuple[losses.ItemVectors, bool]:
-        """What a sampled loss takes vectors from, the trained items numbered as in the loss, and whether the gradient
-        is sparse: the table, or where it is bound and large, what binds the items that the loss is about."""
+    def _vectors_for(self, wanted: int) -> tuple[ItemVectors, bool]:
+        """What a loss takes the vectors of ``wanted`` items from, the trained items numbered as in the loss, and
+        whether the gradient is sparse: the table, or where it is bound and large, what binds these items alone."""
         known = self.trained_items
-        n_items = self.n_items if known is None else len(known)
-        n_negatives = n_targets if self.negative_sampler is None else self.negative_sampler.num_negatives
-        if self.bind_output and n_targets + n_negatives < n_items:
+        if self.bind_output and wanted < (self.n_items if known is None else len(known)):
             return lambda items: self.item_rows(items if known is None else known[items]), False
         table = self._trained_vectors()
         return table, self.sparse_embedding and table.is_leaf  # where a table is computed, its gradient is passed on

@@ -60,6 +60,36 @@ def info_nce(
     Returns:
         Scalar.
     """
+    offset = None if log_counts is None else -log_counts
+    positive, negative, is_none = sample_scores(
+        hidden, targets, item_vectors, negatives, bias, temperature, cosine, offset, sparse, left_out
+    )
+    # Not -inf: of a row without another negative its gradient is nan.
+    negative = negative.masked_fill(is_none, torch.finfo(negative.dtype).min)
+    return F.softplus(negative.logsumexp(-1) - positive).mean()
+
+
+def sample_scores(
+    hidden: Tensor,
+    targets: Tensor,
+    item_vectors: ItemVectors,
+    negatives: Tensor,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    cosine: bool = False,
+    offset: Tensor | None = None,
+    sparse: bool = False,
+    left_out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores over the temperature of each row's target and of a sample, in float32 at least, also under autocast.
+
+    Args:
+        offset: of ``negatives``' shape, added to their scores; the others as :func:`info_nce`'s.
+
+    Returns:
+        ``[M]``, ``[M, K]``, and which of the sample are none of a row's negatives: its target, and what is
+        ``left_out``, ``[M, K]``.
+    """
     with torch.autocast(hidden.device.type, enabled=False):
         vectors = _gather(torch.cat([targets, negatives.flatten()]), item_vectors, cosine, sparse)
         dtype = torch.promote_types(torch.promote_types(hidden.dtype, vectors.dtype), torch.float32)
@@ -67,7 +97,7 @@ def info_nce(
         query = (F.normalize(query, dim=-1) if cosine else query) / temperature
         positive_vectors, negative_vectors = vectors.split([len(targets), negatives.numel()])
         positive = (query * positive_vectors).sum(-1)  # [M]
-        offset = query.new_zeros(negatives.shape) if log_counts is None else -log_counts.to(dtype)
+        offset = query.new_zeros(negatives.shape) if offset is None else offset.to(dtype)
         if bias is not None:
             positive = positive + bias[targets] / temperature
             offset = offset + bias[negatives] / temperature
@@ -75,10 +105,8 @@ def info_nce(
             negative = torch.addmm(offset, query, negative_vectors.T)  # [M, K]
         else:
             negative = offset + torch.bmm(negative_vectors.view(*negatives.shape, -1), query.unsqueeze(-1)).squeeze(-1)
-        # Not -inf: of a row without another negative its gradient is nan.
-        is_none = negatives == targets.unsqueeze(-1)
-        negative.masked_fill_(is_none if left_out is None else is_none | left_out, torch.finfo(dtype).min)
-        return F.softplus(negative.logsumexp(-1) - positive).mean()
+    is_none = negatives == targets.unsqueeze(-1)
+    return positive, negative, is_none if left_out is None else is_none | left_out
 
 
 def bpr(

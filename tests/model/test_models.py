@@ -154,7 +154,7 @@ def test_the_pad_row_stays_zero(preset, loss_type):
     assert all(not table[0].any() for table in tables)
 
 
-@pytest.mark.parametrize("loss_type", ["CE", "BPR", "BCE", "InfoNCE", "SampledCE"])
+@pytest.mark.parametrize("loss_type", ["CE", "BPR", "BCE", "gBCE", "InfoNCE", "SampledCE"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_loss_learns_a_handful_of_sequences(name, loss_type):
     model = build_tiny(name, loss_type=loss_type).train()

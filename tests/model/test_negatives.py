@@ -12,8 +12,8 @@ from torch import Tensor
 from recbole_holo.bridge.config import Config
 from recbole_holo.data.loader import create_dataset, data_preparation
 from recbole_holo.errors import ConfigError
+from recbole_holo.losses.negatives import NegativeSampler, target_counts
 from recbole_holo.model.mamba4rec import Mamba4Rec
-from recbole_holo.model.negatives import NegativeSampler, target_counts
 
 from .conftest import build_tiny
 
@@ -87,7 +87,7 @@ def test_expected_counts_are_those_of_the_other_rows_targets(distribution, n_tar
 
 def test_a_single_target_leaves_no_negative_and_a_finite_loss():
     model = build_tiny("Hydra", negative_distribution="in_batch").train()
-    model.negative_sampler = NegativeSampler("in_batch", 8, 30, torch.ones(30, dtype=torch.long), logq_correction=True)
+    model.criterion.sampler = NegativeSampler("in_batch", 8, 30, torch.ones(30, dtype=torch.long), logq_correction=True)
     loss = model.loss(torch.randn(1, 16), torch.tensor([7]))
     assert loss.item() == 0.0
 
@@ -148,7 +148,7 @@ def test_items_held_out_for_evaluation_are_not_counted(write_dataset, tiny):
     assert counts[ids["v"]] == counts[ids["t"]] == counts[0] == 0
     assert all(counts[ids[f"i{t}"]] == 20 for t in range(1, 6))
     config["loss_type"], config["negative_distribution"], config["num_negatives"] = "SampledCE", "popularity", 10_000
-    sampler = Mamba4Rec(config, train.dataset).negative_sampler
+    sampler = Mamba4Rec(config, train.dataset).criterion.sampler
     drawn = torch.bincount(sampler(torch.ones(1, dtype=torch.long))[0], minlength=len(counts))
     assert 0 < drawn[ids["v"]] < drawn[ids["i1"]] / 5
 
@@ -160,7 +160,7 @@ def test_items_held_out_for_evaluation_are_not_counted(write_dataset, tiny):
 )
 def test_sampled_ce_is_info_nce_with_the_correction(loss_type, setting, corrected):
     model = build_tiny("Mamba4Rec", loss_type=loss_type, logq_correction=setting, num_negatives=1000, n_items=6)
-    assert model.negative_sampler.logq_correction is corrected
+    assert model.criterion.sampler.logq_correction is corrected
     hidden, targets = torch.randn(50, 16), torch.randint(1, 6, (50,))
     full = build_tiny("Mamba4Rec", loss_type="CE", n_items=6).loss(hidden, targets)
     # A thousand uniform negatives are 200 of each item: without the correction they weigh 200 times as much.

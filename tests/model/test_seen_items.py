@@ -18,7 +18,7 @@ from recbole_holo.data.catalogue import Catalogue
 from recbole_holo.data.histories import Events, Histories, histories_of
 from recbole_holo.data.loader import create_dataset, data_preparation
 from recbole_holo.errors import ConfigError
-from recbole_holo.model.base import REDRAWS
+from recbole_holo.losses.negatives import REDRAWS
 from recbole_holo.ops import losses
 
 MODELS = ("HoloMambaRec", "Hydra", "RecMamba", "Mamba4Rec", "LinRec", "SequenceSASRec")
@@ -150,9 +150,9 @@ def test_a_sample_of_everything_is_the_full_softmax(clicks, tiny, monkeypatch):
     model, train = model_and_data(clicks, tiny, loss_type="SampledCE")
     batch = next(iter(train))
     every = torch.arange(1, model.n_items)
-    monkeypatch.setattr(model.negative_sampler, "forward", lambda targets: (every, torch.zeros(len(every))))
+    monkeypatch.setattr(model.criterion.sampler, "forward", lambda targets: (every, torch.zeros(len(every))))
     wanted = expected(model, model.hidden_states(batch[model.ITEM_SEQ]), batch, train.dataset)
-    monkeypatch.setattr(type(model), "_sampled_from", lambda self, n: (self.item_vectors(), False))
+    monkeypatch.setattr(type(model), "_vectors_for", lambda self, n: (self.item_vectors(), False))
     torch.testing.assert_close(model.calculate_loss(batch), wanted, rtol=1e-5, atol=1e-6)
 
 

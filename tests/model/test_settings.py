@@ -14,7 +14,7 @@ from recbole_holo.inference import Compression, compress, stored_bytes
 from recbole_holo.inference.compression import restored, stored
 from recbole_holo.inference.export import export_step
 from recbole_holo.layers.feed_forward import FeedForward, SwiGLU, gated_width
-from recbole_holo.model.base import LOSSES
+from recbole_holo.losses import LOSSES
 
 from .conftest import ALL_PRESETS, MODELS, STATE_SPACE, build, build_tiny
 from .test_models import histories, n_parameters, prefix, whole
@@ -64,14 +64,14 @@ def test_the_loss_is_the_softmax_of_the_scores_over_the_temperature(settings):
 
 
 @pytest.mark.parametrize("settings", SCORED)
-@pytest.mark.parametrize("loss_type", ["BPR", "BCE", "InfoNCE", "SampledCE"])
+@pytest.mark.parametrize("loss_type", ["BPR", "BCE", "gBCE", "InfoNCE", "SampledCE"])
 def test_a_sampled_loss_sees_the_scores(loss_type, settings, monkeypatch):
     """As a function of the scores of targets and negatives, whatever these are made of."""
     model = biased("RecMamba", loss_type=loss_type, **settings).train()
     hidden, targets = torch.randn(20, 16), torch.randint(1, 15, (20,))
-    negatives = torch.arange(15, 30) if model.negative_sampler is not None else torch.arange(20) % 15 + 15
-    if model.negative_sampler is not None:
-        monkeypatch.setattr(model.negative_sampler, "forward", lambda targets: (negatives, None))
+    negatives = torch.arange(15, 30) if hasattr(model.criterion, "sampler") else torch.arange(20) % 15 + 15
+    if hasattr(model.criterion, "sampler"):
+        monkeypatch.setattr(model.criterion.sampler, "forward", lambda targets: (negatives, None))
     else:
         monkeypatch.setattr("recbole_holo.ops.losses.sample_negatives", lambda *_, **__: negatives)
     scores = model.score_all(hidden) / model.log_temperature.exp()
@@ -79,6 +79,9 @@ def test_a_sampled_loss_sees_the_scores(loss_type, settings, monkeypatch):
     if loss_type in ("BPR", "BCE"):
         other = scores.gather(1, negatives[:, None])
         expected = F.softplus(other - own) if loss_type == "BPR" else F.softplus(-own) + F.softplus(other)
+    elif loss_type == "gBCE":
+        beta = model.criterion.beta
+        expected = (beta * F.softplus(-own[:, 0]) + F.softplus(scores[:, negatives]).sum(1)) / (len(negatives) + 1)
     else:
         expected = torch.cat([own, scores[:, negatives]], 1).logsumexp(1) - own[:, 0]
     torch.testing.assert_close(model.loss(hidden, targets), expected.mean(), rtol=1e-5, atol=1e-5)

@@ -27,7 +27,7 @@ def gradients(model: SequenceRecommender, make: Callable[[], Any]) -> dict[str, 
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("loss_type", ["InfoNCE", "SampledCE", "BPR", "BCE"])
+@pytest.mark.parametrize("loss_type", ["InfoNCE", "SampledCE", "BPR", "BCE", "gBCE"])
 @pytest.mark.parametrize("similarity", ["dot", "cosine"])
 @pytest.mark.parametrize("name", MODELS)
 def test_sparse_gradients_of_a_model_are_the_dense_ones(name, similarity, loss_type):
@@ -42,7 +42,7 @@ def test_sparse_gradients_of_a_model_are_the_dense_ones(name, similarity, loss_t
         torch.testing.assert_close(sparse[key].to_dense(), gradient, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("loss_type", ["InfoNCE", "SampledCE", "BPR", "BCE"])
+@pytest.mark.parametrize("loss_type", ["InfoNCE", "SampledCE", "BPR", "BCE", "gBCE"])
 @pytest.mark.parametrize("cold", [False, True])
 @pytest.mark.parametrize(
     "settings", [{"bind_output": True}, {"bind_output": "added", "tie_weights": False, "similarity": "cosine"}]
@@ -59,7 +59,7 @@ def test_of_a_bound_output_only_what_the_loss_is_about_is_bound(settings, cold, 
         model.binding.register_forward_pre_hook(lambda _, given: bound.append(given[1].numel()))
     lazy = [gradients(model, lambda model=model: whole(model, histories())) for model in models]
     assert max(bound) < 200
-    monkeypatch.setattr(SequenceRecommender, "_sampled_from", lambda self, _: (self._trained_vectors(), False))
+    monkeypatch.setattr(SequenceRecommender, "_vectors_for", lambda self, _: (self._trained_vectors(), False))
     dense = gradients(models[1], lambda: whole(models[1], histories()))
     tables = {"item_embedding.weight", *(["head.weight"] if "tie_weights" in settings else [])}
     assert {key for key, gradient in lazy[0].items() if gradient.is_sparse} == tables

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from recbole_holo.data import TARGETS_SUFFIX
-from recbole_holo.ops.losses import sample_negatives
+from recbole_holo.errors import ConfigError
+from recbole_holo.losses.base import Positions
+from recbole_holo.model.settings import one_of, positive_int
+from recbole_holo.ops import losses
 
 DISTRIBUTIONS = ("uniform", "popularity", "in_batch", "mixed")
+REDRAWS = 8  # of a negative that was seen
 
 
 class NegativeSampler(nn.Module):
@@ -87,7 +93,7 @@ class NegativeSampler(nn.Module):
             own = targets
             if wanted < len(targets):
                 own = targets[torch.randperm(len(targets), device=targets.device)[:wanted]]
-            rest = sample_negatives((self.num_negatives - wanted,), self.n_items, targets.device)
+            rest = losses.sample_negatives((self.num_negatives - wanted,), self.n_items, targets.device)
             negatives, n_own = torch.cat([own, rest]), len(own)
         return negatives, self._log_counts(negatives, n_own, len(targets)) if self.logq_correction else None
 
@@ -126,3 +132,47 @@ def target_counts(dataset, item_field: str, rows: int = 4096) -> Tensor:
         counts += torch.bincount(batch.flatten().cpu(), minlength=n_items)
     counts[0] = 0
     return counts
+
+
+def negative_sampler(
+    config: Any, dataset: Any, item_field: str, rivals: Tensor | None, corrects: bool
+) -> NegativeSampler:
+    """The sampler that the settings ask for.
+
+    Args:
+        dataset: the training split; ``item_field``: its item field.
+        rivals: ids of the items that are drawn from ``[n_rivals]``, the pad first; None: all.
+        corrects: what ``logq_correction: ~`` stands for.
+
+    Raises:
+        ConfigError: a setting out of its range.
+    """
+    corrected, exponent = config["logq_correction"], config["popularity_exponent"]
+    corrected = corrects if corrected is None else bool(corrected)
+    distribution = one_of("negative_distribution", config["negative_distribution"] or "uniform", DISTRIBUTIONS)
+    exponent = 1.0 if exponent is None else exponent
+    if not isinstance(exponent, (int, float)) or not 0 <= exponent <= 1:
+        raise ConfigError("popularity_exponent", exponent, "use a number from 0 (uniform) to 1 (the frequencies)")
+    counted = distribution == "popularity" or (distribution != "uniform" and corrected)
+    counts = target_counts(dataset, item_field) if counted else None
+    n_items = dataset.num(item_field)
+    if rivals is not None:
+        n_items, counts = len(rivals), None if counts is None else counts[rivals]
+    n_negatives = positive_int("num_negatives", config["num_negatives"])
+    return NegativeSampler(distribution, n_negatives, n_items, counts, exponent, corrected)
+
+
+def one_negative_each(positions: Positions) -> tuple[Tensor, Tensor | None]:
+    """A uniform negative a position ``[M]``, and which of them were seen after all: where a user has seen nearly
+    everything, drawing again ends. None: nothing is left out."""
+    targets, seen = positions.targets, positions.seen
+
+    def draw() -> Tensor:
+        return losses.sample_negatives(targets.shape, positions.n_rivals, targets.device, exclude=targets)
+
+    negatives = draw()
+    if seen is None:
+        return negatives, None
+    for _ in range(REDRAWS):
+        negatives = torch.where(seen.contains(negatives), draw(), negatives)
+    return negatives, seen.contains(negatives)
