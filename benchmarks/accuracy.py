@@ -9,12 +9,12 @@ seeds, and a plot.
 
 Keys of a table: ``title``, ``protocol``, ``dataset`` (or ``datasets``: name → settings; with ``data`` where the name is
 not the data's own, and ``tuned_on``, another of them whose choices are taken), ``published`` (name → rows that others
-report, shown beside ours: ``row``, ``source``, ``differs`` and metrics), ``settings`` (of all cells),
-``seeds``, ``report`` (the test metrics shown; each also without seen items, where cells have that), ``rows``: name →
-``model``, ``settings``, ``config_files``, ``search`` and ``base``, a row whose model, settings and choice it starts
-from; ``baseline`` (a row that the others are compared with), ``pairs`` (of rows that are compared with each other),
-``show_validation`` (a column of the score that epochs are chosen by), ``plot`` (the last metric by row), ``curves``
-(validation by epoch), ``notes``.
+report, shown beside ours: ``row``, ``differs`` and metrics), ``settings`` (of all cells), ``seeds``, ``report`` (the
+test metrics shown; each also without seen items, where cells have that), ``rows``: name → ``model``, ``settings``,
+``config_files``, ``search`` and ``base``, a row whose model, settings and choice it starts from, or ``outside``, the
+script that makes its cells; ``baseline`` (a row that the others are compared with), ``pairs`` (of rows that are
+compared with each other), ``show_validation`` (a column of the score that epochs are chosen by), ``plot`` (the last
+metric by row), ``curves`` (validation by epoch), ``notes``.
 
 **Tuning.** The values of a row's ``search`` (setting → list: all combinations; or a list of choices; or the name of one
 of the table's ``spaces``, which several rows then have alike) are tried with the table's ``tuning_seed`` first, and the
@@ -170,7 +170,7 @@ def missing(
     jobs: list[Job] = []
     planned: set[Path] = set()  # a trial may be of several data sets
     for dataset in datasets or table.datasets:
-        wanted = rows or list(table.content["rows"])
+        wanted = [row for row in rows or table.content["rows"] if "outside" not in table.content["rows"][row]]
         for row in dict.fromkeys(one for name in wanted for one in table.lineage(name)):
             for path, choice in table.trials(dataset, row).items():
                 if not path.exists() and path not in planned:

@@ -131,6 +131,22 @@ def test_a_trial_is_compared_at_the_same_part_of_its_run(epoch: int, score: floa
         judge(epoch, score)
 
 
+def test_rows_from_outside_are_shown_and_not_run_and_choices_are_shared(table: Table) -> None:
+    (dataset,) = table.datasets
+    table.content["datasets"]["other order"] = {"data": dataset, "tuned_on": dataset, "ties": "item"}
+    table.content["rows"]["theirs"] = {"outside": "rectools_sasrec"}
+    table.content["published"] = {"other order": [{"row": "Somebody's", "ndcg@5 (unseen)": 0.5, "differs": "all"}]}
+    jobs = missing(table)
+    assert len(jobs) == 2 + 6 + 6  # the two trials once
+    assert "theirs" not in {row for _, row, _, _ in jobs}
+    assert table.data("other order") == dataset
+    settings = table.settings("other order", "plain", None)
+    assert settings["ties"] == "item"
+    assert not {"data", "tuned_on"} & settings.keys()
+    assert table.trials("other order", "bound") == table.trials(dataset, "bound")
+    assert "Somebody's" in render(table)
+
+
 def test_cells_with_one_column_are_rendered_as_before_and_beside_new_ones(table: Table) -> None:
     (dataset,) = table.datasets
     (rendering.RESULTS / "cells").mkdir(parents=True)
