@@ -133,6 +133,9 @@ def _published(table: Table, dataset: str, metrics: list[str]) -> str:
     rows = (table.content.get("published") or {}).get(dataset, [])
     if not rows:
         return ""
+    there = {metric for row in rows for metric in row}
+    both = dict.fromkeys(column for name in metrics for column in (name, name + UNSEEN))
+    metrics = [metric for metric in both if metric in there]
     lines = [
         [row["row"], *(f"{row[metric]:.4f}" if metric in row else "-" for metric in metrics), row.get("differs", "")]
         for row in rows
