@@ -9,6 +9,7 @@ import torch
 from recbole.data.interaction import Interaction
 from torch import Tensor
 
+from recbole_holo.errors import DataError
 from recbole_holo.ops.seen_items import SeenItems
 
 
@@ -97,6 +98,36 @@ class Seen(NamedTuple):
     def contains(self, items: Tensor) -> Tensor:
         """Whether each position had seen its one of ``items [M]``: ``[M]``."""
         return self.histories.events.first_time(self.histories.first[self.row], items) < self.end
+
+
+def check_padding(item_seq: Tensor, length: Tensor | None, names: tuple[str, str]) -> None:
+    """Refuses histories that are not what models read: items first, then pads (0), and as long as is said.
+
+    Reads back from the device whether all are right, which waits for a GPU.
+
+    Args:
+        item_seq: ``[B, L]``.
+        length: of each history ``[B]``, at least 1; None: wherever its pads begin.
+        names: of the two in the batch.
+
+    Raises:
+        DataError: pads before items, as on the left, or another length.
+    """
+    is_item = item_seq > 0
+    said = is_item.sum(1) if length is None else length
+    step = torch.arange(item_seq.shape[1], device=item_seq.device)
+    wrong = (is_item != (step < said.unsqueeze(-1))).any(1)
+    if length is not None:
+        wrong |= length < 1
+    if not wrong.any():
+        return
+    row = int(wrong.nonzero()[0])
+    shown = ", ".join(map(str, item_seq[row, :8].tolist())) + (", …" if item_seq.shape[1] > 8 else "")
+    also = "" if length is None else f", {names[1]} = {int(length[row])}"
+    raise DataError(
+        f"{names[0]}: row {row} is [{shown}]{also}; a history has its items first, oldest to latest, and pads (0) on "
+        f"the right. {names[1]} is the number of its items, at least 1."
+    )
 
 
 def histories_of(interaction: Interaction, item_seq: Tensor) -> Histories:

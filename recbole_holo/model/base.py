@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from recbole_holo.data import GAPS, TARGETS_SUFFIX
 from recbole_holo.data.event_time import event_time
-from recbole_holo.data.histories import Seen, histories_of
+from recbole_holo.data.histories import Seen, check_padding, histories_of
 from recbole_holo.errors import ConfigError
 from recbole_holo.layers.bundling import Layout
 from recbole_holo.layers.carried import Carried
@@ -169,8 +169,19 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         last = item_seq_len - 1
         return self.gather_indexes(hidden, last if layout is None else layout.token_of.gather(1, last[:, None])[:, 0])
 
+    def item_seq_of(self, interaction: Interaction) -> Tensor:
+        """The histories of a batch ``[B, L]``. What does not come from this package's data sets is looked at first.
+
+        Raises:
+            DataError: they are padded on the left, or not as long as the batch says.
+        """
+        item_seq = interaction[self.ITEM_SEQ]
+        if getattr(interaction, "histories", None) is None:
+            check_padding(item_seq, interaction.interaction.get(self.ITEM_SEQ_LEN), (self.ITEM_SEQ, self.ITEM_SEQ_LEN))
+        return item_seq
+
     def calculate_loss(self, interaction: Interaction) -> Tensor:
-        item_seq, times = interaction[self.ITEM_SEQ], self.times_of(interaction)
+        item_seq, times = self.item_seq_of(interaction), self.times_of(interaction)
         if self.ITEM_TARGETS in interaction:
             targets = interaction[self.ITEM_TARGETS].flatten()  # [B·L]
             n_targets = getattr(interaction, "n_targets", None)  # known to the loader of whole sequences
@@ -208,7 +219,7 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         from a part to the one before: truncated back-propagation through time. Differentiated one by one, the terms
         need the memory of one part, however long the histories are.
         """
-        item_seq, targets = interaction[self.ITEM_SEQ], interaction[self.ITEM_TARGETS]
+        item_seq, targets = self.item_seq_of(interaction), interaction[self.ITEM_TARGETS]
         parts = targets.split(steps, 1)
         counts = torch.stack([(part > 0).sum() for part in parts]).tolist()  # a GPU is waited for once a batch
         carried, width, times = Carried(), item_seq.shape[1], self.times_of(interaction)
@@ -227,7 +238,7 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
     def last_states(self, interaction: Interaction) -> Tensor:
         """:meth:`forward` of a batch: ``[B, d]``."""
         times = self.times_of(interaction)
-        return self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN], **times)
+        return self.forward(self.item_seq_of(interaction), interaction[self.ITEM_SEQ_LEN], **times)
 
     def predict(self, interaction: Interaction) -> Tensor:
         return self.score_pairs(self.last_states(interaction), interaction[self.ITEM_ID])
