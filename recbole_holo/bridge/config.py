@@ -19,6 +19,7 @@ from recbole.utils import ModelType
 
 from recbole_holo.bridge import registry, resources
 from recbole_holo.bridge.metric_names import UNSEEN, kept_name, two_columns, valid_metric
+from recbole_holo.data import splits
 from recbole_holo.data.order import TIES, TIME_PRECISIONS
 from recbole_holo.errors import ConfigError, DataError, nearest, nearest_names
 from recbole_holo.ops.backend import BACKENDS
@@ -179,6 +180,7 @@ class Config(RecBoleConfig):
         sequential = self.internal_config_dict["MODEL_TYPE"] == ModelType.SEQUENTIAL
         if sequential and final.get("loss_type") == "CE" and "train_neg_sample_args" not in self.external_config_dict:
             final["train_neg_sample_args"] = None  # RecBole's default stands in the way of its own CE models
+        final["eval_args"] = splits.with_order(final.get("eval_args"), sequential)
         self._add_attribute_columns(final)
         if sequential and "load_col" not in self.external_config_dict and not final.get("benchmark_filename"):
             self._add_time_column(final)
@@ -285,6 +287,8 @@ class Config(RecBoleConfig):
         for field, allowed in (("ties", TIES), ("time_precision", TIME_PRECISIONS)):
             if final.get(field, allowed[0]) not in allowed:
                 raise ConfigError(field, final[field], nearest(final[field], allowed))
+        splits.check(final, sequential=not self.ranks_general)
+        self._drop_what_has_no_effect(final)
         self._check_shuffle_ties(final)
         self._drop_what_only_ours_read(final)
         for field, least in (("epochs", 0), ("train_batch_size", 1), ("eval_batch_size", 1), ("eval_step", 0)):
@@ -311,6 +315,15 @@ class Config(RecBoleConfig):
             raise ConfigError("shuffle_ties", True, remedy)
         if final.get("benchmark_filename"):
             raise ConfigError("shuffle_ties", True, "the rows of benchmark_filename are in no order of time: use False")
+
+    def _drop_what_has_no_effect(self, final: dict[str, Any]) -> None:
+        """What a split passes over must not stand in the report, and nobody should believe in it."""
+        why, fields = splits.without_effect(final)
+        if fields:
+            said = ", ".join(f"{field}: {final[field]}" for field in fields)
+            getLogger().warning(f"{said}: without effect and dropped, since {why}")
+        for field in fields:
+            final[field] = splits.UNSPLIT_ONLY[field][0]
 
     def _drop_what_only_ours_read(self, final: dict[str, Any]) -> None:
         """RecBole's models train as RecBole does: what they would pass over must not stand in their report."""

@@ -18,8 +18,9 @@ from recbole.utils import ModelType
 from recbole.utils.enum_type import FeatureSource, FeatureType
 from recbole.utils.url import decide_download, download_url, extract_zip, rename_atomic_files
 
+from recbole_holo.data import splits
 from recbole_holo.data.order import OrderOfTime, are_numbers, id_ranks, tied_with_the_one_before, time_order
-from recbole_holo.errors import DataError, nearest_names
+from recbole_holo.errors import ConfigError, DataError, nearest_names
 
 
 class RepairedDataset(Dataset):
@@ -29,9 +30,13 @@ class RepairedDataset(Dataset):
       128 s, so that events less than two minutes apart keep the order of the file: histories are shuffled and the
       "last" item is not the last. Here rows are sorted first, by float64 time (``time_precision: float32`` rounds as
       RecBole does) and in ties as ``ties`` says; RecBole's later sorts are stable and change nothing. Sequences that
-      are split at one moment of time for all users are in exact order across users, too.
+      are split in the order of time across users are in exact order across users, too, and splits at moments of time
+      (:mod:`recbole_holo.data.splits`) are at exact ones.
     * **Repeated pairs.** With ``rm_dup_inter`` RecBole sorts by an unstable method before all else, so that ties are in
-      no order at all; here they keep that of the file.
+      no order at all; here all that is kept stays in the order of the file.
+    * **Rows without an id.** Where some lack the user and some the item, RecBole drops other rows than these.
+    * **Lists of benchmark files.** Their items are numbered as the item field's, likewise the lists of any other token
+      field, without an alias; they are cut to the latest MAX_ITEM_LIST_LENGTH; the item field may have any name.
     * **Pad row.** The pad item (and user) gets the column mean as its float attributes; here it gets zero.
     * **Dropped interactions.** Loading a ``.item`` or ``.user`` file silently drops interactions whose item or user it
       lacks; here the number is reported.
@@ -45,10 +50,13 @@ class RepairedDataset(Dataset):
     """
 
     inter_feat: Any
+    _rest_fields: np.ndarray
     missing_values: dict[str, np.ndarray]
     order_of_time: OrderOfTime | None = None
     tied: torch.Tensor | None = None
-    _times: np.ndarray  # of the rows, float64
+    _times: np.ndarray  # of the rows, in the file's unit, float64
+    _times_as_read: np.ndarray  # the same as RecBole would read them: normalized where that is asked for
+    _row_times: np.ndarray  # of the rows that are split, in the precision that counts
 
     # ------------------------------------------------------------------ loading
     def _load_data(self, token: str, dataset_path: str) -> None:
@@ -59,6 +67,77 @@ class RepairedDataset(Dataset):
                 there = ", ".join(sorted(os.listdir(dataset_path))) or "nothing"
                 raise DataError(f"dataset: {token!r} needs the file {inter}, which is not there (found: {there}).")
         super()._load_data(token, dataset_path)
+        if self.config["benchmark_filename"] is not None:
+            self._check_rows_of_files()
+            if self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
+                self._cut_histories()
+
+    def _check_rows_of_files(self) -> None:
+        """RecBole filters no rows of benchmark files: one without an id would be one of the pad."""
+        for field in filter(None, (self.uid_field, self.iid_field)):
+            if field not in self.inter_feat:
+                raise DataError(f"load_col: the benchmark files were loaded without the column {field!r}: list it.")
+            self._refuse_rows(self.inter_feat[field].isna().to_numpy(), f"have no {field}")
+
+    def _cut_histories(self) -> None:
+        """Keeps the latest MAX_ITEM_LIST_LENGTH of the lists that benchmark files give."""
+        lists, most = self._list_columns(), self.config["MAX_ITEM_LIST_LENGTH"]
+        if self.iid_field not in lists:
+            wanted = f"{self.iid_field}{self.config['LIST_SUFFIX']}"
+            raise DataError(
+                f"benchmark_filename: the files were loaded without a column {wanted!r}, the history of each row; add "
+                f"it as {wanted}:token_seq, and to load_col."
+            )
+        for column in set(lists.values()) & set(self.config["seq_len"] or {}):
+            remedy = f"it keeps the oldest events of {column}; leave it out, and say MAX_ITEM_LIST_LENGTH"
+            raise ConfigError("seq_len", self.config["seq_len"], remedy)
+        lengths = self.inter_feat[lists[self.iid_field]].map(len).to_numpy()
+        self._refuse_rows(lengths == 0, f"have an empty {lists[self.iid_field]}")
+        for column in lists.values():
+            unequal = self.inter_feat[column].map(len).to_numpy() != lengths
+            self._refuse_rows(unequal, f"have a {column} that is not as long as {lists[self.iid_field]}")
+            self.inter_feat[column] = [values[-most:] for values in self.inter_feat[column]]
+            self.field2seqlen[column] = min(self.field2seqlen[column], most)
+
+    def _refuse_rows(self, refused: np.ndarray, what: str) -> None:
+        if not refused.any():
+            return
+        ends = np.cumsum(self.file_size_list)
+        row = int(refused.argmax())
+        file = int(np.searchsorted(ends, row, side="right"))
+        line = row - int(np.r_[0, ends][file]) + 2
+        raise DataError(
+            f"benchmark_filename: {refused.sum():,} rows {what}, the first in line {line} of "
+            f"{self.dataset_name}.{self.config['benchmark_filename'][file]}.inter; take them out of the files."
+        )
+
+    def _list_columns(self) -> dict[str, str]:
+        """The columns that were loaded with a list of their earlier values beside them, and that list's name."""
+        lists = {field: f"{field}{self.config['LIST_SUFFIX']}" for field in self.inter_feat}
+        sequences = (FeatureType.TOKEN_SEQ, FeatureType.FLOAT_SEQ)
+        return {field: column for field, column in lists.items() if self.field2type.get(column) in sequences}
+
+    def _benchmark_presets(self) -> None:
+        """RecBole's, whatever the item field's name."""
+        lists = self._list_columns()
+        for field, column in lists.items():
+            setattr(self, f"{field}_list_field", column)
+        length = self.config["ITEM_LIST_LENGTH_FIELD"]
+        self.set_field_property(length, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
+        self.inter_feat[length] = self.inter_feat[lists[self.iid_field]].map(len)
+
+    def _init_alias(self) -> None:
+        """As RecBole's; a token column and the list of its earlier values are numbered alike."""
+        super()._init_alias()
+        for field, column in self._list_columns().items():
+            if field in self._rest_fields and column in self._rest_fields:
+                self.alias[field] = np.array([field, column])
+                self._rest_fields = self._rest_fields[~np.isin(self._rest_fields, self.alias[field])]
+
+    def _set_alias(self, alias_name: str, default_value: list[str | None]) -> None:
+        lists = self._list_columns()
+        others = [lists[field] for field in default_value if field in lists]
+        super()._set_alias(alias_name, [*default_value, *others])
 
     def _download(self) -> None:
         if self.config["local_rank"] == 0:
@@ -114,6 +193,18 @@ class RepairedDataset(Dataset):
         return feat
 
     # ------------------------------------------------------------------ filtering
+    def _filter_nan_user_or_item(self) -> None:
+        tables = ((self.user_feat, self.uid_field, "user"), (self.item_feat, self.iid_field, "item"))
+        of_events = ((self.inter_feat, field, "inter") for field in (self.uid_field, self.iid_field))
+        for feat, field, suffix in (*tables, *of_events):
+            missing = [] if feat is None or field is None else feat.index[feat[field].isna()]
+            if len(missing):
+                self.logger.warning(
+                    f"{len(missing):,} rows of {self.dataset_name}.{suffix} are dropped because they have no {field} "
+                    f"(the first in line {missing[0] + 2})."
+                )
+                feat.drop(missing, inplace=True)
+
     def _filter_inter_by_user_or_item(self) -> None:
         if self.config["filter_inter_by_user_or_item"] is True:
             for feat, field, suffix in (
@@ -136,8 +227,8 @@ class RepairedDataset(Dataset):
         if keep is None or self.time_field not in self.inter_feat:
             super()._remove_duplication()
             return
-        self.inter_feat.sort_values(self.time_field, kind="stable", inplace=True)  # RecBole's is unstable
-        self.inter_feat.drop_duplicates([self.uid_field, self.iid_field], keep=keep, inplace=True)
+        in_order = self.inter_feat.sort_values(self.time_field, kind="stable")  # RecBole's is unstable
+        self.inter_feat = in_order.drop_duplicates([self.uid_field, self.iid_field], keep=keep).sort_index()
 
     def _reset_index(self) -> None:
         if self.inter_feat.empty:
@@ -160,9 +251,14 @@ class RepairedDataset(Dataset):
         }
         super()._fill_nan()
 
-    def _discretization(self) -> None:
+    def _normalize(self) -> None:
         if self.time_field in self.inter_feat:
-            self._times = self.inter_feat[self.time_field].to_numpy()  # before numerical_features make pairs of them
+            self._times = self.inter_feat[self.time_field].to_numpy()
+        super()._normalize()
+
+    def _discretization(self) -> None:
+        if self.time_field in self.inter_feat:  # before numerical_features make pairs of them
+            self._times_as_read = self.inter_feat[self.time_field].to_numpy()
         super()._discretization()
 
     def _change_feat_format(self) -> None:
@@ -179,8 +275,8 @@ class RepairedDataset(Dataset):
         """Sorts the rows.
 
         Returns:
-            For sequences that are split at one moment for all users, the order of the rows that RecBole makes of them
-            (one for every event but a user's first): that of time across users. Else None.
+            For sequences that are split across users, the order of the rows that RecBole makes of them (one for every
+            event but a user's first): that of time across users. Else None.
         """
         if self.time_field not in self.inter_feat:
             raise DataError(
@@ -195,12 +291,12 @@ class RepairedDataset(Dataset):
         # An older checkpoint's configuration has neither setting.
         ties, precision = self.config["ties"] or "file", self.config["time_precision"] or "float64"
         users = self.inter_feat[self.uid_field].to_numpy()
-        times = self._times.astype(precision)
+        times = self._times if precision == "float64" else self._times_as_read.astype(precision)
         sequential = self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL
         tie_break, order_of_ties = self._tie_break(ties)
         order = time_order(times, tie_break, users if sequential else None)
         self.inter_feat = self.inter_feat.iloc[order].reset_index(drop=True)
-        self._times = self._times[order]
+        self._times, self._row_times = self._times[order], times[order]
 
         by_user = order if sequential else order[np.argsort(users[order], kind="stable")]
         users, times = users[by_user], times[by_user]
@@ -214,9 +310,39 @@ class RepairedDataset(Dataset):
         )
         if not sequential:
             return None
+        if is_first.all():
+            raise DataError(
+                f"dataset: every user of {self.dataset_name!r} has a single event, so there is nothing to predict; "
+                "check USER_ID_FIELD and the filters."
+            )
         self.tied = torch.from_numpy(tied)
-        at_once = str(self.config["eval_args"]["group_by"]).lower() == "none"
-        return np.argsort(times[~is_first], kind="stable") if at_once else None
+        if not splits.is_at_once(self.config):
+            return None
+        at_once = np.argsort(times[~is_first], kind="stable")
+        self._row_times = times[~is_first][at_once]
+        return at_once
+
+    # ------------------------------------------------------------------ splitting
+    def build(self) -> list[Any]:
+        """As RecBole's; splits at moments of time are at exact ones, with any RecBole."""
+        if self.config["benchmark_filename"] is not None:
+            return super().build()
+        kind, value = splits.of(self.config)
+        if kind not in ("TS", *splits.MOMENTS):
+            return super().build()
+        self._change_feat_format()
+        if kind == "TS":
+            users = self.inter_feat[self.uid_field].numpy()
+            parts = splits.by_recboles_moment(self._row_times, self._grouped_index(users), value)
+        else:
+            moments = splits.at_moments(kind, value, self._times)
+            parts = splits.by_moments(self._row_times, moments)
+            self.logger.info(
+                f"split: validation begins at {moments[0]:.15g} and test at {moments[1]:.15g}; "
+                f"{len(parts[0]):,}, {len(parts[1]):,} and {len(parts[2]):,} targets."
+            )
+        self._drop_unused_col()
+        return [self.copy(self.inter_feat[part]) for part in parts]
 
     def _tie_break(self, ties: str) -> tuple[np.ndarray | None, str]:
         """What orders the rows of equal times ``[n]``, None for the order they have; and the order in words."""

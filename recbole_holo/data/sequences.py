@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cached_property
 from typing import Any
 
@@ -45,11 +46,6 @@ class PrefixDataset(RepairedDataset, SequentialDataset):
         is_first = np.r_[True, users[1:] != users[:-1]]
         first_of_user = np.maximum.accumulate(np.where(is_first, np.arange(len(users)), 0))
         target = np.flatnonzero(~is_first)
-        if len(target) == 0:
-            raise DataError(
-                f"dataset: every user of {self.dataset_name!r} has a single event, so there is nothing to predict; "
-                "check USER_ID_FIELD and the filters."
-            )
         start = np.maximum(first_of_user[target], target - self.max_item_list_len)
 
         self._events = self.inter_feat
@@ -159,7 +155,7 @@ class SequenceDataset(PrefixDataset):
             dataset.item_attributes = attributes
         if self._gaps is not None:
             self._find_buckets(self._gaps, datasets)
-        if self.config["train_on"] == "sequences" and self.is_augmented:
+        if self.config["train_on"] == "sequences" and self.is_augmented and len(datasets[0]):
             datasets[0] = datasets[0].whole_sequences()
         return datasets
 
@@ -178,6 +174,12 @@ class SequenceDataset(PrefixDataset):
             if field not in events:
                 remedy = f"the files of benchmark_filename were loaded without a column {field!r}: add it, or use ~"
                 raise ConfigError("event_time", self.config["event_time"], remedy)
+        normalized = self.config["normalize_field"] or []
+        if self.config["normalize_all"] or not {self.time_field, lists}.isdisjoint(normalized):
+            remedy = "normalize_all and normalize_field put the times of rows and those of their lists on two scales"
+            raise ConfigError(
+                "event_time", self.config["event_time"], f"{remedy}: leave the times as they are, or use ~"
+            )
         times = [own[: self.field2seqlen[lists]] for own in events[lists]]
         return Gaps.of_rows(times, events[self.time_field].to_numpy(np.float64), max(map(len, times)))
 
@@ -313,6 +315,12 @@ class SequenceDataset(PrefixDataset):
         """Which events are training targets ``[n_events]``, bool; the first of all events is none."""
         assert self.following is not None
         return (self.following > 0).roll(1)
+
+    def counter(self, field: str) -> Counter:
+        """As RecBole's; of whole sequences, too, a user or item counts once a training target."""
+        if self.following is None or field not in (self.uid_field, self.iid_field):
+            return super().counter(field)
+        return Counter(self._events[field][self._is_target].numpy())
 
     def join(self, df: Interaction) -> Interaction:
         return df

@@ -178,6 +178,12 @@ def test_benchmark_files_without_times_are_refused(write_dataset: Callable[..., 
         prepared("files", event_time="gap", **benchmark(write_dataset, times=False))
 
 
+def test_benchmark_files_of_two_scales_are_refused(write_dataset: Callable[..., str]) -> None:
+    # RecBole normalizes the times of targets and those of histories each by its own smallest and largest.
+    with pytest.raises(ConfigError, match=r"event_time.*two scales"):
+        prepared("files", event_time="gap", normalize_all=True, **benchmark(write_dataset))
+
+
 @pytest.mark.parametrize("kind", ["gap", "request"])
 def test_sampled_candidates_are_scored_with_the_gaps(timed: Any, kind: str) -> None:
     arguments = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": "uni3"}
