@@ -6,9 +6,10 @@ its general models and not for its sequential ones. ``ndcg@10 (unseen)`` is of t
 user's known history (:mod:`recbole_holo.data.seen`), or without its last events (``exclude_last``); a target that was
 seen itself is missed there. Ties are broken in it as ``torch.topk`` breaks them in the scores that are left.
 
-What a metric reads (RecBole's ``DataStruct``) and its value are RecBole's own, ties included. RecBole's collector
-writes an integer matrix users × items for every batch to learn which of the top k are positives, and sorts the
-catalogue for GAUC; several of its metrics loop over users in Python.
+What a metric reads (RecBole's ``DataStruct``) and its value are RecBole's own, ties included, but that the pad is no
+item: RecBole's item coverage and Gini index count it in the catalogue, and where less than k is left to recommend it is
+no recommendation. RecBole's collector writes an integer matrix users × items for every batch to learn which of the top
+k are positives, and sorts the catalogue for GAUC; several of its metrics loop over users in Python.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class ArrayCollector(Collector):
         if need("rec.items") or (need("rec.topk") and not positives.can_be_counted):
             values, top = torch.topk(scores, k, dim=-1)
         if need("rec.items"):
-            found["rec.items"] = top
+            found["rec.items"] = top.masked_fill(values == -torch.inf, 0)  # nothing is left to recommend
         if need("rec.topk"):
             if positives.can_be_counted and not need("rec.items"):
                 hits = torch.arange(k) == _places(scores, positives.items, k).unsqueeze(-1)
@@ -261,18 +262,42 @@ class TailPercentage(metrics.TailPercentage):
         return np.isin(item_matrix, tail).astype(item_matrix.dtype)
 
 
-FASTER: dict[str, Any] = {
+# ---------------------------------------------------------------------- metrics of what is recommended at all
+class ItemCoverage(metrics.ItemCoverage):
+    def get_coverage(self, item_matrix: np.ndarray, num_items: int) -> float:
+        return int(np.count_nonzero(np.unique(item_matrix))) / (num_items - 1)  # RecBole's counts the pad
+
+
+class GiniIndex(metrics.GiniIndex):
+    def get_gini(self, item_matrix: np.ndarray, num_items: int) -> float:
+        return super().get_gini(_recommended(item_matrix), num_items - 1)
+
+
+class ShannonEntropy(metrics.ShannonEntropy):
+    def get_entropy(self, item_matrix: np.ndarray) -> float:
+        return super().get_entropy(_recommended(item_matrix))
+
+
+def _recommended(item_matrix: np.ndarray) -> np.ndarray:
+    """The items of rankings ``[B, k]`` without the pads of users for whom there are fewer than k: ``[n, 1]``."""
+    return item_matrix[item_matrix > 0][:, None]
+
+
+OURS: dict[str, Any] = {
     "mrr": MRR,
     "map": MAP,
     "ndcg": NDCG,
     "averagepopularity": AveragePopularity,
     "tailpercentage": TailPercentage,
+    "itemcoverage": ItemCoverage,
+    "giniindex": GiniIndex,
+    "shannonentropy": ShannonEntropy,
 }
 
 
 class ArrayEvaluator(Evaluator):
-    """RecBole's evaluator with :data:`FASTER` in the place of the metrics that loop over users, and every metric a
-    second time where rankings without seen items were collected.
+    """RecBole's evaluator with :data:`OURS` in the place of the metrics that loop over users or count the pad as an
+    item, and every metric a second time where rankings without seen items were collected.
 
     Attributes:
         ranks: of the last evaluation, each user's best rank of a positive, from 1; 0 = none within the largest of
@@ -285,7 +310,7 @@ class ArrayEvaluator(Evaluator):
 
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.metric_class.update({name: FASTER[name](config) for name in self.metrics if name in FASTER})
+        self.metric_class.update({name: OURS[name](config) for name in self.metrics if name in OURS})
 
     def evaluate(self, dataobject: DataStruct) -> dict[str, float]:
         unseen = DataStruct()

@@ -19,6 +19,7 @@ from recbole_holo.bridge.config import Config, overridden
 from recbole_holo.bridge.metric_names import UNSEEN
 from recbole_holo.data.batches import SequenceEvalLoader
 from recbole_holo.data.loader import create_dataset, data_preparation
+from recbole_holo.data.seen import KnownItems
 from recbole_holo.training import evaluation
 from recbole_holo.training.evaluation import ArrayCollector, ArrayEvaluator
 from recbole_holo.training.trainer import HoloTrainer
@@ -65,6 +66,7 @@ def test_every_ranking_metric_equals_recboles(seed: int, n_values: int, config: 
         shuffled = torch.randperm(len(positive_u))
         ours.eval_batch_collect(scores.clone(), None, positive_u[shuffled], positive_i[shuffled])
     expected, found = with_counts(theirs.data_struct), with_counts(ours.get_data_struct())
+    expected.set("data.num_items", N_ITEMS - 1)  # RecBole's metrics would count the pad
     for name in ("rec.items", "rec.topk", "rec.meanrank"):
         assert found[name].dtype == expected[name].dtype, name
         assert torch.equal(found[name], expected[name]), name
@@ -79,6 +81,55 @@ def test_tails_equal_recboles(tail_ratio: float, config: Config) -> None:
     struct = with_counts(DataStruct())
     struct.set("rec.items", torch.randint(1, N_ITEMS, (40, 9), generator=torch.Generator().manual_seed(0)))
     assert ours.calculate_metric(struct) == theirs.calculate_metric(struct)
+
+
+def test_the_pad_is_no_item_of_the_catalogue(config: Config) -> None:
+    # RecBole's coverage ends below 1 and its Gini index above 0 where all items are recommended alike.
+    struct = with_counts(DataStruct())
+    everything = torch.arange(1, N_ITEMS).reshape(-1, 1)
+    struct.set("rec.items", everything.repeat(3, 9))
+    for metric, best in ((evaluation.ItemCoverage, 1), (evaluation.GiniIndex, 0)):
+        assert set(metric(config).calculate_metric(struct).values()) == {best}
+    struct.set("rec.items", everything[:10].repeat(3, 9))
+    coverage, gini = (
+        metric(config).calculate_metric(struct) for metric in (evaluation.ItemCoverage, evaluation.GiniIndex)
+    )
+    assert list(coverage.values()) == pytest.approx([10 / 59] * 3)
+    assert list(gini.values()) == pytest.approx([49 / 59] * 3)
+
+
+def test_where_less_is_left_than_k_nothing_counts_as_recommended(config: Config) -> None:
+    # Two users have seen all but two items: the places behind these would be filled with what they have seen.
+    collector = ArrayCollector(config)
+    seen = torch.arange(3, N_ITEMS).repeat(2)
+    ends = torch.tensor([len(seen) // 2, len(seen)])
+    length = ends - torch.tensor([0, len(seen) // 2])
+    collector.start(KnownItems(seen, ends - length, length, np.r_[0, ends.numpy()]))
+    scores = torch.rand(2, N_ITEMS, generator=torch.Generator().manual_seed(0))
+    scores[:, 0] = -torch.inf
+    collector.eval_batch_collect(scores, None, torch.arange(2), torch.tensor([1, 2]))
+    result = ArrayEvaluator(config).evaluate(with_counts(collector.get_data_struct()))
+    assert result["itemcoverage@9" + UNSEEN] == pytest.approx(2 / 59)
+    assert result["giniindex@9" + UNSEEN] == pytest.approx(57 / 59)  # two of 59 alike, the others never
+    assert result["shannonentropy@9" + UNSEEN] == pytest.approx(np.log(2) / 2)  # RecBole's is divided by the items
+    assert result["itemcoverage@9"] > 2 / 59
+
+
+@pytest.mark.parametrize("eval_args", [{"LS": "valid_and_test"}, {"RS": [0.5, 0.2, 0.3]}])
+def test_items_are_as_popular_in_whole_sequences_as_in_prefixes(
+    eval_args: dict, cyclic_dataset: str, tiny: dict
+) -> None:
+    # Popularity and tails are of the training targets; a window's row names the item after its end only.
+    counted = []
+    for train_on in ("sequences", "prefixes"):
+        split = {"split": eval_args, "order": "TO", "group_by": "user", "mode": "full"}
+        config = Config("RecMamba", cyclic_dataset, config_dict={**tiny, "train_on": train_on, "eval_args": split})
+        train, _, _ = data_preparation(config, create_dataset(config))
+        collector = ArrayCollector(Config("RecMamba", cyclic_dataset, config_dict={**tiny, "metrics": RANKING}))
+        collector.data_collect(train)
+        counted.append((collector.data_struct["data.count_items"], train.dataset.user_counter))
+    assert counted[0] == counted[1]
+    assert sum(counted[0][0].values()) > 40
 
 
 def test_users_without_a_positive_count_as_recbole_counts_them(config: Config) -> None:
