@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from uuid import uuid4
+from weakref import WeakValueDictionary
 
 import torch
 from recbole.data.interaction import Interaction
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from recbole_holo.errors import DataError
 from recbole_holo.ops.seen_items import SeenItems
@@ -19,31 +22,52 @@ class Events:
     Args:
         items: ``[n_events]``.
         first: of every event, the number of its user's first ``[n_events]``.
-        n_items: ids are below it; None = they are looked through, for which a GPU is waited for once.
+        n_items: ids are below it.
+
+    A data worker's batches name the events that the process has which reads them: they are not sent to and fro.
     """
 
-    def __init__(self, items: Tensor, first: Tensor, n_items: int | None = None) -> None:
+    def __init__(self, items: Tensor, first: Tensor, n_items: int, name: str | None = None) -> None:
         self.items, self.first, self.n_items = items, first, n_items
+        self._moved: dict[torch.device, Events] = {}
+        self._name = name or uuid4().hex
+        _named[self._name] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = () if get_worker_info() is not None else (self.items, self.first, self.n_items)
+        return _known, (self._name, *values)
 
     @cached_property
-    def _first_time(self) -> tuple[int, Tensor, Tensor]:
+    def _first_time(self) -> tuple[Tensor, Tensor]:
         """Every user's items by their keys, user · ids + item, ascending ``[n_events]``, and the event of each; the
         earliest comes first among equals."""
-        ids = int(self.items.max()) + 1 if self.n_items is None else self.n_items
-        keys, events = (self.first * ids + self.items).sort(stable=True)
-        return ids, keys, events
+        keys, events = (self.first * self.n_items + self.items).sort(stable=True)
+        return keys, events
 
     def first_time(self, first: Tensor, items: Tensor) -> Tensor:
         """The event in which the user whose first event is ``first [...]`` met ``items [...]``; the number of all
         events, which is later than any, where that never happened. Bisection: log₂ of all events a pair."""
-        ids, keys, events = self._first_time
-        wanted = first * ids + items
+        keys, events = self._first_time
+        wanted = first * self.n_items + items
         place = torch.searchsorted(keys, wanted).clamp_(max=len(keys) - 1)
-        return torch.where((keys[place] == wanted) & (items < ids), events[place], len(keys))
+        return torch.where((keys[place] == wanted) & (items < self.n_items), events[place], len(keys))
 
     def to(self, device: torch.device) -> Events:
-        items = self.items.to(device)  # the same where they are there, also for cuda as cuda:0
-        return self if items is self.items else Events(items, self.first.to(device), self.n_items)
+        if device not in self._moved:
+            items = self.items.to(device)  # the same where they are there, also for cuda as cuda:0
+            if items is self.items:
+                return self
+            self._moved[device] = Events(items, self.first.to(device), self.n_items)
+        return self._moved[device]
+
+
+_named: WeakValueDictionary[str, Events] = WeakValueDictionary()  # of this process
+
+
+def _known(name: str, *values: Any) -> Events:
+    """This process's events of that name, which never change; where there are none, new ones."""
+    known = _named.get(name)
+    return Events(*values, name=name) if known is None else known
 
 
 class Histories(NamedTuple):
@@ -88,7 +112,8 @@ class Seen(NamedTuple):
 
     def ranges(self) -> SeenItems:
         """As ranges of events."""
-        return SeenItems(self.histories.items, self.histories.first[self.row], self.end)
+        events = self.histories.events
+        return SeenItems(events.items, self.histories.first[self.row], self.end, events.n_items)
 
     def among(self, items: Tensor) -> Tensor:
         """Which of ``items [K]`` each position had seen: ``[M, K]``. Looked up once a row, not once a position."""
@@ -130,14 +155,15 @@ def check_padding(item_seq: Tensor, length: Tensor | None, names: tuple[str, str
     )
 
 
-def histories_of(interaction: Interaction, item_seq: Tensor) -> Histories:
-    """The histories of a batch: those that its loader knows, else what ``item_seq [B, L]`` itself shows."""
+def histories_of(interaction: Interaction, item_seq: Tensor, n_items: int) -> Histories:
+    """The histories of a batch: those that its loader knows, else what ``item_seq [B, L]`` of ids below ``n_items``
+    itself shows."""
     known: Histories | None = getattr(interaction, "histories", None)
     if known is not None:
         return known
     rows, width = item_seq.shape
     begin = torch.arange(rows, device=item_seq.device) * width
-    return Histories(Events(item_seq.flatten(), begin.repeat_interleave(width)), begin)
+    return Histories(Events(item_seq.flatten(), begin.repeat_interleave(width), n_items), begin)
 
 
 class EventBatch(Interaction):

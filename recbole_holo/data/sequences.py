@@ -55,6 +55,7 @@ class PrefixDataset(RepairedDataset, SequentialDataset):
         rows[HISTORY_START] = torch.from_numpy(start)
         self.inter_feat = Interaction(rows)
         self.set_field_property(HISTORY_START, FeatureType.TOKEN, FeatureSource.INTERACTION, 1)
+        self.events  # noqa: B018  once, for all splits and their data workers
 
     @cached_property
     def events(self) -> Events:

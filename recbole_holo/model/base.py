@@ -210,7 +210,7 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
             return None
         item_seq = interaction[self.ITEM_SEQ]
         width = item_seq.shape[1]
-        return histories_of(interaction, item_seq).at(where // width, where % width)
+        return histories_of(interaction, item_seq, self.n_items).at(where // width, where % width)
 
     def losses_in_parts(self, interaction: Interaction, steps: int) -> Iterator[Tensor]:
         """:meth:`calculate_loss` in terms that add up to it, each over the next ``steps`` positions of the batch.

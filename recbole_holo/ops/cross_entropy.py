@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recbole_holo.ops import backend, native
-from recbole_holo.ops.seen_items import SeenItems, left_out
+from recbole_holo.ops.seen_items import SeenItems, check_ids, left_out
 
 # Scores that exist at a time. On a CPU those of a thread and their gradient stay in its cache; a GPU wants long rows.
 _NATIVE_SCORES, _NATIVE_ROWS, _NATIVE_ITEMS = 2**18, (6, 96), 2**15
@@ -48,10 +48,15 @@ def cross_entropy(
         Scalar.
 
     Raises:
-        ValueError: there are no rows, or ``seen`` is of other rows.
+        ValueError: there are no rows; ``seen`` is of other rows, on another device or of other items; for the C++
+            kernels, which do not look, also a target that is none of the items.
     """
-    if seen is not None and not seen.start.shape == seen.end.shape == targets.shape:
-        raise ValueError(f"seen: it is of {len(seen.start)} rows, and there are {len(targets)} targets")
+    if seen is not None:
+        seen.check(targets, len(item_vectors))
+    if backend.runs_native(hidden):
+        check_ids("targets", targets, int(exclude_pad), len(item_vectors))
+        if seen is not None:
+            seen.check_ranges()
     if exclude_pad:
         item_vectors, targets = item_vectors[1:], targets - 1
         bias = None if bias is None else bias[1:]
@@ -217,7 +222,7 @@ def _rows(seen: SeenItems | None, pads: int) -> Any:
     """``seen`` as the kernels take it, by reference; None stays it."""
     if seen is None:
         return None
-    given = [tensor.long().contiguous() for tensor in seen]
+    given = [tensor.long().contiguous() for tensor in (seen.items, seen.start, seen.end)]
     structure = Rows(pads, *map(native.pointer, given))
     structure.given = given  # as long as the structure lives
     return ctypes.byref(structure)

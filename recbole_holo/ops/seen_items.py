@@ -19,6 +19,45 @@ class SeenItems(NamedTuple):
     items: Tensor  # [n], ids; 0 = pad, which is left out in any case
     start: Tensor  # [M]
     end: Tensor  # [M]
+    below: int | None = None  # ids are below it; None = they are looked through, for which a GPU is waited for
+
+    def check(self, targets: Tensor, n_items: int) -> None:
+        """
+        Raises:
+            ValueError: it is of other rows than ``targets``, on another device than they, or has ids of no item of
+                ``n_items``.
+        """
+        if not self.start.shape == self.end.shape == targets.shape:
+            raise ValueError(f"seen: it is of {len(self.start)} rows, and there are {len(targets)} targets")
+        devices = {str(tensor.device) for tensor in (self.items, self.start, self.end)} - {str(targets.device)}
+        if devices:
+            raise ValueError(f"seen: it is on {', '.join(sorted(devices))}, and the targets are on {targets.device}")
+        if self.below is None:
+            check_ids("seen: items", self.items, 0, n_items)
+        elif self.below > n_items:
+            raise ValueError(f"seen: ids are below {self.below:,}, and the table has {n_items:,} rows")
+
+    def check_ranges(self) -> None:
+        """
+        Raises:
+            ValueError: a row's events are none of ``items``. Waits for a GPU.
+        """
+        if len(self.start):
+            first, last = int(self.start.min()), int(self.end.max())
+            if first < 0 or last > len(self.items):
+                raise ValueError(f"seen: rows have events {first:,} to {last:,} of {len(self.items):,}")
+
+
+def check_ids(name: str, ids: Tensor, least: int, n_items: int) -> None:
+    """
+    Raises:
+        ValueError: ``ids`` are not all from ``least`` to ``n_items - 1``.
+    """
+    if ids.numel():
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < least or high >= n_items:
+            wrong = low if low < least else high
+            raise ValueError(f"{name}: {wrong} is not from {least} to {n_items - 1}, the last row of the table")
 
 
 def left_out(seen: SeenItems, targets: Tensor, n_items: int, pads: int, chunk_size: int) -> Iterator[Tensor]:

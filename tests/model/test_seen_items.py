@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +200,7 @@ def test_a_row_whose_negative_is_left_out_is_judged_by_its_target_alone(loss):
 def test_the_first_time_is_found_among_all_events():
     items = torch.tensor([3, 1, 3, 2, 3, 3, 1, 9])
     first = torch.tensor([0, 0, 0, 0, 4, 4, 4, 7])
-    events = Events(items, first)
+    events = Events(items, first, 10)
     asked = torch.tensor([3, 1, 2, 9, 4])
     assert events.first_time(torch.tensor(0), asked).tolist() == [0, 1, 3, 8, 8]
     assert events.first_time(torch.tensor(4), asked).tolist() == [4, 6, 8, 8, 8]
@@ -219,7 +222,7 @@ def test_the_first_time_is_found_among_all_events():
 
 def test_a_batch_without_a_loader_shows_its_own_items():
     seq = torch.tensor([[4, 5, 0], [6, 6, 7]])
-    ranges = histories_of({}, seq).at(torch.tensor([0, 1, 1]), torch.tensor([1, 0, 2])).ranges()
+    ranges = histories_of({}, seq, 8).at(torch.tensor([0, 1, 1]), torch.tensor([1, 0, 2])).ranges()
     shown = [ranges.items[a:b].tolist() for a, b in zip(ranges.start, ranges.end, strict=True)]
     assert shown == [[4, 5], [6], [6, 6, 7]]
 
@@ -256,3 +259,31 @@ def test_events_that_are_on_the_device_are_not_made_anew() -> None:
 
     events = Events(OnGpu(), OnGpu(), 3)  # type: ignore[arg-type]
     assert events.to(torch.device("cuda")) is events
+
+
+# Every batch carried all events to a GPU, where they were sorted again.
+def test_events_go_to_a_device_once() -> None:
+    events = Events(torch.tensor([1, 2, 1]), torch.zeros(3, dtype=torch.long), 3)
+    assert events.to(torch.device("meta")) is events.to(torch.device("meta"))
+    assert events.to(torch.device("cpu")) is events
+
+
+# A data worker sent all events with every batch, and the process that trains sorted them for each.
+def test_a_data_workers_batches_name_the_events_that_are_there_already(clicks, tiny):
+    _, train = model_and_data(clicks, tiny, train_on="prefixes", worker=1)
+    batches = list(train)
+    assert len(batches) > 1
+    assert all(batch.histories.events is train._dataset.events for batch in batches)
+    alone = model_and_data(clicks, tiny, train_on="prefixes")[1]
+    for batch, other in zip(batches, alone, strict=True):
+        assert torch.equal(batch.histories.begin, other.histories.begin)
+
+
+def test_events_that_are_saved_and_loaded_are_the_same() -> None:
+    events = Events(torch.tensor([1, 2, 1]), torch.zeros(3, dtype=torch.long), 3)
+    saved, items = pickle.dumps(events), events.items
+    assert pickle.loads(saved) is events
+    assert deepcopy(events) is events
+    del events
+    gc.collect()
+    assert torch.equal(pickle.loads(saved).items, items)

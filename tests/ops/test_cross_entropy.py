@@ -169,6 +169,36 @@ def histories(rows: int, items: int, order: str) -> tuple[SeenItems, torch.Tenso
     return SeenItems(events, start, end), targets
 
 
+# Ids beyond the table counted for another row, or for none; tensors of another device, and targets that are no row of
+# the table, were read where they are not.
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"items": torch.tensor([1, 9, 2])}, "seen: items: 9 is not from 0 to 8"),
+        ({"items": torch.tensor([1, -1, 2])}, "seen: items: -1 is not"),
+        ({"below": 10}, "seen: ids are below 10, and the table has 9 rows"),
+        ({"items": torch.empty(3, dtype=torch.long, device="meta")}, "seen: it is on meta, and the targets are on cpu"),
+        ({"end": torch.tensor([2])}, "seen: it is of 2 rows"),
+        ({"end": torch.tensor([2, 4])}, "seen: rows have events 0 to 4 of 3"),
+        ({"start": torch.tensor([0, -1])}, "seen: rows have events -1 to 3 of 3"),
+    ],
+)
+@pytest.mark.parametrize("d", [32, 7])
+def test_seen_items_that_cannot_be_are_an_error(change, message, d):
+    seen = SeenItems(torch.tensor([1, 8, 2]), torch.tensor([0, 1]), torch.tensor([2, 3]))
+    hidden, table, _ = inputs(2, 9, d)
+    assert cross_entropy(hidden, torch.tensor([1, 3]), table, seen=seen).isfinite()
+    with pytest.raises(ValueError, match=message):
+        cross_entropy(hidden, torch.tensor([1, 3]), table, seen=seen._replace(**change))
+
+
+@pytest.mark.parametrize(("target", "exclude_pad"), [(9, False), (-1, False), (0, True), (9, True)])
+def test_a_target_that_is_no_row_of_the_table_is_an_error(target, exclude_pad):
+    hidden, table, _ = inputs(2, 9, 32)
+    with pytest.raises(ValueError, match=f"targets: {target} is not from"):
+        cross_entropy(hidden, torch.tensor([target, 3]), table, exclude_pad=exclude_pad)
+
+
 FORMS = ["native", "chunks", "PyTorch"]
 
 
