@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from recbole_holo.errors import ConfigError, DataError, MissingExtra, NonFiniteLoss
+from recbole_holo.errors import ConfigError
 from recbole_holo.openmp import set_waiting
 
 
@@ -39,14 +39,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 2 for input that cannot be used or a loss that diverged, else 0."""
+    """Runs the command and returns its exit status: 2 for input that cannot be used, a loss that diverged or a process
+    of several that died, else 0."""
     args, settings = parser().parse_known_args(argv)
     set_waiting()  # before anything that loads PyTorch
-    from recbole_holo.bridge.checkpoint import CheckpointError
+    from recbole_holo.training import launch
 
     files = args.config_files.split()
     try:
         if args.search_space:
+            launch.refuse_torchrun("a search")
             from recbole_holo.tuning import tune
 
             tune(
@@ -59,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 max_evals=args.max_evals,
             )
         elif args.profile:
+            launch.refuse_torchrun("a profile")
             from recbole_holo import profiling
 
             if args.nproc != 1:
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 group_offset=args.group_offset,
                 argv=settings,
             )
-    except (ConfigError, DataError, CheckpointError, FileNotFoundError, MissingExtra, NonFiniteLoss) as error:
+    except launch.SAID_IN_A_LINE as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

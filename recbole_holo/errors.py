@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -13,6 +14,9 @@ class ConfigError(ValueError):
         super().__init__(f"{field}: {value!r} cannot be used: {remedy}")
         self.field, self.value, self.remedy = field, value, remedy
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.field, self.value, self.remedy)  # from one process to another
+
 
 class DataError(ValueError):
     """Data that cannot be used: what is wrong with it, and what to do."""
@@ -20,6 +24,10 @@ class DataError(ValueError):
 
 class NonFiniteLoss(ValueError):
     """The training loss became nan or infinite; the message has the step and the last good checkpoint."""
+
+
+class ProcessDied(RuntimeError):
+    """One of several processes ended before its work was done: which, and how."""
 
 
 class MissingExtra(ImportError):

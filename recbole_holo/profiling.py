@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from recbole.data.dataloader import FullSortEvalDataLoader
 from recbole.trainer import Trainer
@@ -36,6 +34,7 @@ from torch import nn
 from recbole_holo.bridge import checkpoint
 from recbole_holo.bridge.compat import quiet_recbole
 from recbole_holo.bridge.config import Config
+from recbole_holo.bridge.host import guest, random_states_kept
 from recbole_holo.errors import ConfigError
 from recbole_holo.ops import backend
 from recbole_holo.quick_start import Files, prepare
@@ -92,6 +91,7 @@ class Row:
     score_peak_bytes: int = 0
 
 
+@guest()
 @quiet_recbole()
 def run(
     model: str | None = None,
@@ -114,6 +114,7 @@ def run(
     config = Config(model, dataset, config_file_list, dict(config_dict or {}), argv)
     trainer, train_data, _, test_data = prepare(config)
     rows, train_batch, score_batch = _profile(trainer, train_data, test_data, steps)
+    trainer.tensorboard.close()  # it has a thread of its own
     report = {
         "model": config["model"],
         "dataset": config["dataset"],
@@ -137,6 +138,7 @@ def run(
     return report
 
 
+@guest()
 @quiet_recbole()
 def profile(
     config: Any, model: Any = None, train_data: Any = None, eval_data: Any = None, steps: int = STEPS
@@ -303,14 +305,10 @@ def _unchanged(model: nn.Module, loaders: Sequence[Any]) -> Iterator[None]:
     parts = [part for loader in loaders for part in (loader, *vars(loader).values())]
     generators = {id(g): g for g in (getattr(part, "generator", None) for part in parts) if g is not None}
     orders = [(generator, generator.get_state()) for generator in generators.values()]
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
-        with torch.random.fork_rng(devices):
+        with random_states_kept():
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
         for generator, state in orders:
             generator.set_state(state)
         for module, saved in attributes:

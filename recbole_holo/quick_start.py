@@ -9,21 +9,24 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from logging import getLogger
 from typing import TYPE_CHECKING, Any
 
 import torch
-from recbole.utils import init_logger, init_seed
+from recbole.utils import init_seed
 from torch import Tensor
 
 from recbole_holo.bridge import checkpoint, registry
 from recbole_holo.bridge.compat import quiet_recbole
 from recbole_holo.bridge.config import Config
+from recbole_holo.bridge.host import drawing_apart, guest, start_log, visible_devices_kept
 from recbole_holo.data.catalogue import Catalogue
 from recbole_holo.data.loader import create_dataset, data_preparation
 from recbole_holo.errors import ConfigError
 from recbole_holo.ops import backend
 from recbole_holo.reporting import write_report
+from recbole_holo.training import launch
 from recbole_holo.training.trainer import HoloTrainer, get_trainer_class
 
 if TYPE_CHECKING:
@@ -56,8 +59,12 @@ def run(
 ) -> dict[str, Any]:
     """Trains ``model`` on ``dataset`` and evaluates it; RecBole's ``run`` with the same arguments.
 
-    With ``nproc`` above 1 the work is spread over processes of ``torch.distributed`` (nccl on GPUs, gloo on CPUs);
-    batches, gradients and metrics are those of a single process.
+    With ``nproc`` above 1, or where ``torchrun`` has started this process among others, the work is spread over
+    processes of ``torch.distributed`` (nccl on GPUs, gloo on CPUs); batches, gradients and metrics are those of a
+    single process. Of ``torchrun``'s processes each returns the result.
+
+    A run has the process for itself: another thread's waits until it is over. It logs through the logger
+    ``recbole_holo``, and leaves logging, random states and whatever else belongs to the application as they were.
 
     Args:
         config_file_list: yaml files or preset names (``HoloMambaRec_paper``).
@@ -75,26 +82,41 @@ def run(
         ``report``: what the table at the end and the JSON file beside the checkpoint hold.
         Of rankings every metric is there twice: ``ndcg@10``, and without seen items ``ndcg@10 (unseen)``.
     """
-    settings = dict(config_dict or {})
-    if nproc == 1 and world_size <= 1:
-        return _run(model, dataset, config_file_list, settings, saved, test, argv, callback_fn)
-    _check_writable(Config(model, dataset, config_file_list, settings, argv))  # errors before processes start
-    launch = {"nproc": nproc, "world_size": nproc if world_size == -1 else world_size}
-    settings.update(launch, ip=ip, port=str(port), offset=group_offset)
-    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(
-        _run_process, args=(model, dataset, config_file_list, settings, saved, test, list(argv), queue), nprocs=nproc
+    settings, group = dict(config_dict or {}), launch.of_torchrun()
+    several = nproc != 1 or world_size > 1
+    if several and group is not None:
+        raise ConfigError("nproc", nproc, f"torchrun has started {group['world_size']} processes already: leave it out")
+    if several:
+        with visible_devices_kept():
+            _check_writable(Config(model, dataset, config_file_list, settings, argv))  # errors before processes start
+        group = {"nproc": nproc, "world_size": nproc if world_size == -1 else world_size, "offset": group_offset}
+        settings.update(ip=ip, port=str(port))
+    work = partial(
+        _run,
+        model=model,
+        dataset=dataset,
+        config_file_list=config_file_list,
+        settings=settings | (group or {}),
+        saved=saved,
+        test=test,
+        argv=list(argv),
+        callback_fn=None if several else callback_fn,
     )
-    return queue.get() if not queue.empty() else {}
+    if several:
+        return launch.together(partial(_run_in_group, work=work), nproc)
+    return work() if group is None else _run_in_group(group["local_rank"], work)
 
 
-def _run_process(rank, model, dataset, config_file_list, settings, saved, test, argv, queue) -> None:
-    result = _run(model, dataset, config_file_list, {**settings, "local_rank": rank}, saved, test, argv)
-    torch.distributed.destroy_process_group()
-    if rank == 0:
-        queue.put(result)
+def _run_in_group(rank: int, work: partial[dict[str, Any]]) -> dict[str, Any]:
+    """What one process of several does; ``rank`` is its number on this machine."""
+    joined = torch.distributed.is_initialized()  # the application's own group
+    result = work(settings={**work.keywords["settings"], "local_rank": rank})
+    if not joined:
+        torch.distributed.destroy_process_group()
+    return result
 
 
+@guest()
 @quiet_recbole()
 def _run(model, dataset, config_file_list, settings, saved, test, argv, callback_fn=None) -> dict[str, Any]:
     config = Config(model, dataset, config_file_list, settings, argv)
@@ -125,6 +147,7 @@ def _run(model, dataset, config_file_list, settings, saved, test, argv, callback
     return result
 
 
+@guest()
 @quiet_recbole()
 def objective_function(
     config_dict: Mapping[str, Any] | None = None, config_file_list: Files = None, saved: bool = True
@@ -147,6 +170,7 @@ def objective_function(
     }
 
 
+@guest()
 @quiet_recbole()
 def load_data_and_model(
     model_file: str | os.PathLike[str], trust_checkpoint: bool = False, **settings: Any
@@ -182,7 +206,7 @@ def load_data_and_model(
     return config, model, dataset, train_data, valid_data, test_data
 
 
-@quiet_recbole()
+@visible_devices_kept()
 def load_model(model_file: str | os.PathLike[str], device: str | torch.device | None = None) -> tuple[Any, Catalogue]:
     """A model of this package to be served, and its items: from the checkpoint alone, without the data.
 
@@ -203,7 +227,7 @@ def load_model(model_file: str | os.PathLike[str], device: str | torch.device | 
     settings = {**saved["given"], **NO_PICKLES, **training_only, "resume": None}
     config = Config(saved["model"], saved["dataset"], config_dict=settings, complete=True)
     backend.set_backend(config["backend"])
-    with torch.random.fork_rng(devices=[]):  # what is drawn for a new model is loaded over
+    with drawing_apart():  # what is drawn for a new model is loaded over
         model = registry.get_model_class(config["model"])(config, catalogue)
     return _with_weights(model, state).to(device or config["device"]).eval(), catalogue
 
@@ -251,7 +275,7 @@ def prepare(config: Config) -> tuple[Any, Any, Any, Any]:
     """
     _check_writable(config)
     _start(config)
-    logger = getLogger()
+    logger = getLogger("recbole_holo")
     logger.info(config)
     data = create_dataset(config)
     logger.info(data)
@@ -264,12 +288,11 @@ def prepare(config: Config) -> tuple[Any, Any, Any, Any]:
 
 def _start(config: Config) -> None:
     backend.set_backend(config["backend"])
+    backend.forget_report()  # what an earlier run of this process ran on
     init_seed(config["seed"], config["reproducibility"])
-    logger = getLogger()
-    for handler in logger.handlers[:]:  # of an earlier run in this process
-        logger.removeHandler(handler)
-        handler.close()
-    init_logger(config)
+    if config["device"].type == "cuda":
+        torch.cuda.reset_peak_memory_stats(config["device"])
+    start_log(config)
 
 
 def _build_model(config: Config, train_data: Any) -> Any:
@@ -309,7 +332,7 @@ def _check_writable(config: Config) -> None:
 
 
 def _peak_memory(config: Config) -> int:
-    """Bytes: of the GPU where there is one, of the process otherwise."""
+    """Bytes: on the GPU, where there is one, of this run; else of the process since it began."""
     if config["device"].type == "cuda":
         return torch.cuda.max_memory_allocated(config["device"])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 import recbole_holo  # noqa: F401  the shims come before any RecBole import
+from recbole_holo.bridge import host
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -30,12 +30,9 @@ def _in_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
-    """A run sets the level of the root logger, for the tests that follow, too."""
-    root = logging.getLogger()
-    level, handlers = root.level, root.handlers[:]
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
+    """What prepares a run without running it sets up the package's logger, for the tests that follow, too."""
+    with host._logger_kept():
+        yield
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import random
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,43 @@ def test_uni_mode_repeats_candidates_and_encodes_once(cyclic_dataset: str, tiny:
     assert sum(encoded) == len(valid.dataset)
     np.random.seed(123)
     assert trainer.evaluate(valid, load_best_model=False) == first
+
+
+def evaluations(model: str, dataset: str, tiny: dict[str, Any], times: int, **settings: Any) -> list[Any]:
+    """Of one untrained model on validation and test, with other draws of the process in between."""
+    config = Config(model, dataset, config_dict={**tiny, "embedding_size": 8, **settings})
+    train, valid, test = data_preparation(config, create_dataset(config))
+    torch.manual_seed(0)
+    net = registry.get_model_class(model)(config, train._dataset)
+    trainer, found = get_trainer_class(config)(config, net), []
+    for draw in range(times):
+        random.seed(draw), np.random.seed(draw), torch.manual_seed(draw)
+        before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+        for data in (valid, test):
+            result = trainer.evaluate(data, load_best_model=False)
+            found.append((result, trainer.evaluator.ranks.tolist()))
+        assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    return found
+
+
+# Data workers drew candidates by seeds of their own, others at every evaluation.
+@pytest.mark.parametrize("mode", ["uni5", "pop5"])
+@pytest.mark.parametrize("model", ["RecMamba", "GRU4Rec", "BPR"])
+def test_candidates_are_the_same_at_every_evaluation_with_workers_or_without(
+    model: str, mode: str, cyclic_dataset: str, tiny: dict[str, Any]
+) -> None:
+    tiny["eval_args"] = {"split": {"LS": "valid_and_test"}, "order": "TO", "group_by": "user", "mode": mode}
+    one = evaluations(model, cyclic_dataset, tiny, 1)
+    assert evaluations(model, cyclic_dataset, tiny, 3, worker=2) == 3 * one
+
+
+# What RecBole's models and transforms draw in an evaluation was other each time, and shifted what training drew.
+@pytest.mark.parametrize("model", ["Random", "DiffRec", "BERT4Rec"])
+def test_what_models_draw_is_the_same_at_every_evaluation(
+    model: str, cyclic_dataset: str, tiny: dict[str, Any]
+) -> None:
+    first, second, *rest = evaluations(model, cyclic_dataset, tiny, 2)
+    assert [first, second] == rest
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(cyclic_dataset: str, tiny: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -359,6 +360,49 @@ class AnomalyMode(Shim):
         _around_import("recbole.model.sequential_recommender.sine", then_restore)
 
 
+class OwnLogger(Shim):
+    """Have RecBole log through this package's logger: it takes the root logger, which is the application's.
+
+    Records still reach the root logger's handlers, as those of any library do; without a run of this package nothing
+    else changes.
+    """
+
+    id = "own_logger"
+    breaks = "what RecBole logs, and the level and handlers that it needs for that, are the whole application's"
+    where = "recbole: every `getLogger()`"
+    upstream = ()
+
+    modules: ClassVar[tuple[str, ...]] = (
+        "config.configurator",
+        "data.dataloader.abstract_dataloader",
+        "data.dataloader.general_dataloader",
+        "data.dataloader.knowledge_dataloader",
+        "data.dataloader.user_dataloader",
+        "data.dataset.dataset",
+        "data.utils",
+        "evaluator.metrics",
+        "model.abstract_recommender",
+        "trainer.trainer",
+        "utils.url",
+    )
+
+    def need(self) -> Need:
+        return Need(True, "RecBole logs through the root logger")
+
+    def apply(self) -> None:
+        @contextmanager
+        def then_replace(module: types.ModuleType) -> Iterator[None]:
+            yield
+            module.getLogger = self._get_logger  # type: ignore[attr-defined]
+
+        for name in self.modules:
+            _around_import(f"recbole.{name}", then_replace)
+
+    @staticmethod
+    def _get_logger(name: str = "recbole_holo") -> logging.Logger:
+        return logging.getLogger(name)
+
+
 class _RandomStateWithIntegers(np.random.RandomState):
     """``RandomState`` under the name that ``numpy.random.Generator`` gives to its ``randint``."""
 
@@ -379,7 +423,15 @@ class _View(types.ModuleType):
 
 
 SHIMS: dict[str, Shim] = {
-    shim.id: shim for shim in (NumpyAliases(), OptionalKmeans(), DokMatrixUpdate(), ExhaustiveSearch(), AnomalyMode())
+    shim.id: shim
+    for shim in (
+        NumpyAliases(),
+        OptionalKmeans(),
+        DokMatrixUpdate(),
+        ExhaustiveSearch(),
+        AnomalyMode(),
+        OwnLogger(),
+    )
 }
 """Every shim by its id."""
 

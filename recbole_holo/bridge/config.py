@@ -24,6 +24,8 @@ from recbole_holo.data.order import TIES, TIME_PRECISIONS
 from recbole_holo.errors import ConfigError, DataError, nearest, nearest_names
 from recbole_holo.ops.backend import BACKENDS
 
+_logger = getLogger("recbole_holo")
+
 # How this run is spread over processes; says nothing about the experiment.
 LAUNCH_KEYS = ("local_rank", "world_size", "nproc", "offset", "ip", "port", "config_files", "resume")
 
@@ -127,7 +129,7 @@ class Config(RecBoleConfig):
             if not (word.startswith("--") and equals and key):
                 if self._foreign_argv:
                     continue
-                getLogger().warning(f"command line: {word!r} is ignored; settings are written --key=value")
+                _logger.warning(f"command line: {word!r} is ignored; settings are written --key=value")
                 continue
             if key in settings and settings[key] != value:
                 raise ConfigError(key, value, f"the command line also says {settings[key]!r}; give one value")
@@ -229,7 +231,7 @@ class Config(RecBoleConfig):
                 "Name that of the times, TIME_FIELD: <column>, and, where more than users, items and times are to be "
                 "read, all that are, load_col: {inter: [...]}."
             )
-        getLogger().warning(f"TIME_FIELD: {file} has no column {wanted!r}; {like_it[0]!r} is read as the time")
+        _logger.warning(f"TIME_FIELD: {file} has no column {wanted!r}; {like_it[0]!r} is read as the time")
         return like_it[0]
 
     def _init_device(self) -> None:
@@ -249,12 +251,13 @@ class Config(RecBoleConfig):
                 raise ConfigError("nproc", final["nproc"], f"{torch.cuda.device_count()} GPU(s) are visible (gpu_id)")
             final["device"] = torch.device("cuda", final["local_rank"])
             torch.cuda.set_device(final["local_rank"])
-        torch.distributed.init_process_group(
-            backend="nccl" if cuda else "gloo",
-            rank=final["local_rank"] + final["offset"],
-            world_size=final["world_size"],
-            init_method=f"tcp://{final['ip']}:{final['port']}",
-        )
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group(
+                backend="nccl" if cuda else "gloo",
+                rank=final["local_rank"] + final["offset"],
+                world_size=final["world_size"],
+                init_method=f"tcp://{final['ip']}:{final['port']}" if "ip" in final else "env://",  # torchrun's
+            )
         if final["local_rank"] != 0:
             final.update(state="error", show_progress=False, verbose=False)
 
@@ -331,9 +334,7 @@ class Config(RecBoleConfig):
             return
         for field, plain in (("seen_items", "kept"), ("event_time", None)):
             if final.get(field, plain) not in (plain, None):
-                getLogger().warning(
-                    f"{field}: {self.model} is RecBole's and does not read it; {final[field]!r} is dropped"
-                )
+                _logger.warning(f"{field}: {self.model} is RecBole's and does not read it; {final[field]!r} is dropped")
                 final[field] = plain
 
     def known_keys(self) -> set[str]:
@@ -347,7 +348,7 @@ class Config(RecBoleConfig):
             if key not in known:
                 close = nearest_names(key, known, limit=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
-                getLogger().warning(f"config: unknown key {key!r} = {self.external_config_dict[key]!r}{hint}")
+                _logger.warning(f"config: unknown key {key!r} = {self.external_config_dict[key]!r}{hint}")
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from recbole_holo.data.sequences import HISTORY_START, PrefixDataset
 
+_logger = getLogger("recbole_holo")
 MANY_REPEATS = 0.05  # part of the targets from which on a ranking without what was seen is the wrong one
 
 
@@ -136,7 +137,7 @@ def repeats_of(splits: Mapping[str, Any]) -> dict[str, Repeats]:
         if split != "train" and len(dataset):
             sequential = isinstance(dataset, SequentialDataset)
             found[split] = _sequential_repeats(dataset) if sequential else _general_repeats(dataset, earlier)
-            getLogger().info(f"{found[split].sentence(split)}: {found[split].advice()}.")
+            _logger.info(f"{found[split].sentence(split)}: {found[split].advice()}.")
         earlier.append(dataset)
     return found
 

@@ -146,9 +146,10 @@ def choose(op: str, tensor: Tensor) -> str:
         ConfigError: the backend ``cuda`` is set and cannot be had; the message says why.
     """
     case = (op, tensor.device.type, tensor.dtype)
-    if case not in _chosen:
-        _chosen[case] = _choose(op, tensor)
-    return _chosen[case]
+    chosen = _chosen.get(case)
+    if chosen is None:
+        chosen = _chosen[case] = _choose(op, tensor)
+    return chosen
 
 
 def kernel(op: str) -> Callable[..., Any]:
@@ -160,8 +161,15 @@ def kernel(op: str) -> Callable[..., Any]:
 
 
 def report() -> dict[str, str]:
-    """What each operation ran on so far in this process, e.g. ``{"selective_scan": "numba 0.68.1"}``."""
-    return {op: ", ".join(used) for op, used in _used.items()}
+    """What each operation ran on since the process began, or :func:`forget_report`: ``{"mamba_block": "native"}``."""
+    return {op: ", ".join(used) for op, used in list(_used.items())}
+
+
+def forget_report() -> None:
+    """From here on a new report, and everything is logged anew: a run begins."""
+    _used.clear()
+    _warned.clear()
+    _chosen.clear()
 
 
 def kernel_status() -> dict[str, str]:
@@ -179,8 +187,9 @@ def kernel_status() -> dict[str, str]:
 def note(op: str, implementation: str, why: str = "") -> None:
     """Logs, once, that ``op`` runs on ``implementation``, and keeps it for :func:`report`."""
     named = _version(implementation)
-    if named not in _used.setdefault(op, []):
-        _used[op].append(named)
+    used = _used.setdefault(op, [])
+    if named not in used:
+        used.append(named)
         _logger.info("%s: %s%s", op, named, f" ({why})" if why else "")
 
 

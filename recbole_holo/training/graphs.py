@@ -14,6 +14,8 @@ from recbole_holo.errors import ConfigError
 from recbole_holo.model.base import SequenceRecommender
 from recbole_holo.training import distributed
 
+_logger = getLogger("recbole_holo")
+
 SHAPES = 8  # padded lengths that are captured, at most
 MOST_POSITIONS = 2**15  # of a batch; beyond, kernels take longer than their launches, and graphs only hold memory
 
@@ -95,7 +97,7 @@ class EncoderGraphs:
             if not self.may_fail:
                 raise
             self._failed = True
-            getLogger().warning(f"cuda_graphs: auto goes on without graphs, the encoder cannot be captured: {error}")
+            _logger.warning(f"cuda_graphs: auto goes on without graphs, the encoder cannot be captured: {error}")
         torch.cuda.set_rng_state(state, item_seq.device)
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from recbole_holo.bridge import checkpoint, registry
 from recbole_holo.bridge.config import overridden
+from recbole_holo.bridge.host import random_states_kept
 from recbole_holo.bridge.metric_names import kept_name
 from recbole_holo.data.batches import SequenceTrainLoader
 from recbole_holo.data.catalogue import Catalogue
@@ -42,8 +43,10 @@ class SafeCheckpoints(TwoColumns):
     * Checkpoints hold plain values and tensors, are written whole or not at all, and carry what resuming needs:
       the optimizer, the random states of Python, NumPy and PyTorch, and the order of the batches to come.
     * Evaluations have two columns, see :mod:`recbole_holo.training.evaluation`.
-    * Candidates of a uniN/popN evaluation are the same at every evaluation and for every model of one seed, so that
-      epochs and models compare on equal terms and a reloaded model repeats its metrics. RecBole draws anew each time.
+    * What an evaluation draws, the candidates of uniN/popN and what RecBole's transforms and models draw, is the same
+      at every evaluation of one seed, whatever ``worker`` and the number of processes: epochs and models compare on
+      equal terms, and a reloaded model repeats its metrics. Training draws as if there had been no evaluation. RecBole
+      draws anew each time, and evaluations shift what training draws.
     """
 
     saved_model_file: str
@@ -191,7 +194,10 @@ class SafeCheckpoints(TwoColumns):
             self.eval_collector.data_collect(train_data)
             self.logger.info(f"nothing to train: the checkpoint has {self.start_epoch} of {self.epochs} epochs")
             return self.best_valid_score, self.best_valid_result
-        return super().fit(train_data, valid_data, **kwargs)
+        try:
+            return super().fit(train_data, valid_data, **kwargs)
+        finally:
+            self.tensorboard.close()  # RecBole leaves its thread and its file to the process
 
     # ------------------------------------------------------------------ evaluation
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, dict[str, float]]:
@@ -215,28 +221,33 @@ class SafeCheckpoints(TwoColumns):
             self.model.load_state_dict(saved["state_dict"])
             self.model.load_other_parameter(checkpoint.unpack(saved.get("other_parameter")))
             self.logger.info(f"Loading model structure and parameters from {path}")
-        with self._same_candidates(eval_data):
+        with self._same_draws(eval_data):
             return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
 
     @contextmanager
-    def _same_candidates(self, eval_data: Any) -> Iterator[None]:
-        if isinstance(eval_data, FullSortEvalDataLoader):
-            yield
-            return
-        state = np.random.get_state()
+    def _same_draws(self, eval_data: Any) -> Iterator[None]:
         phase = getattr(eval_data._sampler, "phase", None) or "test"
-        np.random.seed(self.config["seed"] + ("valid", "test").index(phase))
+        seed = self.config["seed"] + ("valid", "test").index(phase)
+        workers, order = eval_data.num_workers, eval_data.generator.get_state()
+        if not isinstance(eval_data, FullSortEvalDataLoader):
+            eval_data.num_workers = 0  # each would draw numbers of its own for its share of the batches
+        eval_data.generator.manual_seed(seed)  # what workers' seeds are drawn from
         try:
-            yield
+            with random_states_kept():
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+                yield
         finally:
-            np.random.set_state(state)
+            eval_data.num_workers = workers
+            eval_data.generator.set_state(order)
 
 
 class HoloTrainer(SafeCheckpoints, Trainer):
     """The trainer of this package's models, and of every RecBole model that trains with RecBole's plain ``Trainer``.
 
-    Same features and, for RecBole's models in one process, the same numbers as RecBole's (early stopping, AMP, gradient
-    clipping, tensorboard, wandb). Besides:
+    Same features and, for RecBole's models in one process whose evaluations draw nothing, the same numbers as RecBole's
+    (early stopping, AMP, gradient clipping, tensorboard, wandb). Besides:
 
     * no host synchronisation per step on CUDA, and none at all in an epoch of whole sequences (with ``seen_items:
       excluded`` and CE one a step);

@@ -57,6 +57,14 @@ BREAKS = {
         "assert not torch.is_anomaly_enabled(), 'anomaly detection is on'\n",
         "anomaly detection is on",
     ),
+    "own_logger": (  # the application's root logger is taken
+        "import logging, recbole.trainer, recbole.data, recbole.model.sequential_recommender\n"
+        "taken = [name for name, module in sys.modules.items() if name.startswith('recbole.')\n"
+        "         and getattr(module, 'getLogger', None) is logging.getLogger]\n"
+        "assert not taken, f'the root logger is taken by {taken}'\n"
+        "assert recbole.trainer.trainer.getLogger().name == 'recbole_holo'\n",
+        "the root logger is taken by",
+    ),
     "exhaustive_search": (
         "from recbole.trainer import HyperTuning\n"
         "def objective(settings, files):\n"
@@ -162,7 +170,7 @@ def test_spawned_workers_have_the_shims() -> None:
         assert pool.apply(compat.active_shims) == compat.active_shims()
 
 
-@pytest.mark.parametrize("shim_id", ["dok_matrix_update", "exhaustive_search", "anomaly_mode"])
+@pytest.mark.parametrize("shim_id", ["dok_matrix_update", "exhaustive_search", "anomaly_mode", "own_logger"])
 def test_modules_imported_before_the_package_are_mended_too(shim_id: str) -> None:
     if shim_id == "exhaustive_search":
         pytest.importorskip("hyperopt")

@@ -162,7 +162,7 @@ def test_among_sampled_candidates(
     result = trainer.evaluate(test, load_best_model=False)
     drawn: list[tuple[int, int]] = []  # ranking, candidate; in the order of the rows, a ranking's targets first
     rankings = 0
-    with trainer._same_candidates(test):
+    with trainer._same_draws(test):
         for histories, index, positive_u, _ in test:
             numbers, items = (index[0], index[2]) if isinstance(index, tuple) else (index, histories["item_id"])
             drawn += [(rankings + int(number), int(item)) for number, item in zip(numbers, items, strict=True)]

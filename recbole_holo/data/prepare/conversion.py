@@ -46,6 +46,8 @@ from recbole_holo.data.prepare.partitions import EVENT, PARTITION_EVENTS, Partit
 from recbole_holo.data.prepare.tables import CHUNK_ROWS, Table, write_table
 from recbole_holo.errors import ConfigError, DataError, nearest
 
+_logger = getLogger("recbole_holo")
+
 DEDUPLICATE = ("none", "consecutive", "first")
 ALL_KINDS = "all"
 EXACT_IN_FLOAT32 = 1 << 24
@@ -199,7 +201,7 @@ def convert(source: Source, out_dir: str | os.PathLike[str], options: Options | 
     if absent and options.strict:
         raise DataError(f"{', '.join(absent)}: not there; unpack all of {source.title}, or convert without strict.")
     if absent:
-        getLogger().warning(f"{', '.join(absent)}: not there, so .user or .item will have raw ids only")
+        _logger.warning(f"{', '.join(absent)}: not there, so .user or .item will have raw ids only")
     with _work_folder(target) as work:
         report = _Conversion(source, options, target.name, work).run()
         _publish(work / "new", target, work / "old")
@@ -272,7 +274,7 @@ class _Conversion:
         moment = datetime.fromtimestamp(first / source.ticks_per_second, timezone.utc)
         self.report.first_event = moment.isoformat(timespec="milliseconds")
         if (last - first) // source.ticks_per_unit >= EXACT_IN_FLOAT32:
-            getLogger().warning(
+            _logger.warning(
                 f"{source.title}: the last event is more than {EXACT_IN_FLOAT32:,} {source.unit}s after the first "
                 f"({self.report.first_event}), so float32 rounds late times. Is a clock wrong in the data?"
             )
@@ -331,7 +333,7 @@ class _Conversion:
             )
             if self.options.strict:
                 raise DataError(f"{message} Get it again, or convert without strict.")
-            getLogger().warning(message)
+            _logger.warning(message)
 
     # ------------------------------------------------------------------ choosing and filtering
     def _choose(self, users: Ids) -> Ids:

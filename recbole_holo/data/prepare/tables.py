@@ -17,6 +17,8 @@ from tqdm import tqdm
 from recbole_holo.data.prepare.lines import MAX_ID
 from recbole_holo.errors import DataError
 
+_logger = getLogger("recbole_holo")
+
 CHUNK_ROWS = 50_000
 
 # A tab or line end would break a row, and a double quote at the start of a field would swallow the rows that follow.
@@ -100,7 +102,7 @@ def write_table(
             write(place, {column.field: column.clean(chunk[column.name]).to_numpy() for column in columns})
         missing = np.flatnonzero(~written)
         if table and len(missing):
-            getLogger().warning(f"{table.path.name} has no row for {len(missing):,} of the {len(ids):,} {kind}s")
+            _logger.warning(f"{table.path.name} has no row for {len(missing):,} of the {len(ids):,} {kind}s")
         for start in range(0, len(missing), chunk_rows):
             write(missing[start : start + chunk_rows], dict.fromkeys((column.field for column in columns), ""))
 
@@ -187,7 +189,7 @@ def _present(table: Table) -> list[Column]:
     names = _names(table)
     lacking = [column.name for column in table.columns if column.name not in names]
     if lacking:
-        getLogger().warning(f"{table.path.name} has no column {', '.join(lacking)}; left out")
+        _logger.warning(f"{table.path.name} has no column {', '.join(lacking)}; left out")
     return [column for column in table.columns if column.name in names]
 
 
@@ -219,4 +221,4 @@ def _chunks(
                 yield raw[readable].astype(np.int32), chunk[readable]
     broken = counted.lines - (table.names is None) - rows
     if broken > 0:
-        getLogger().warning(f"{table.path.name}: {broken:,} of {counted.lines:,} lines are broken and left out")
+        _logger.warning(f"{table.path.name}: {broken:,} of {counted.lines:,} lines are broken and left out")
