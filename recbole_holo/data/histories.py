@@ -67,7 +67,10 @@ _named: WeakValueDictionary[str, Events] = WeakValueDictionary()  # of this proc
 def _known(name: str, *values: Any) -> Events:
     """This process's events of that name, which never change; where there are none, new ones."""
     known = _named.get(name)
-    return Events(*values, name=name) if known is None else known
+    if known is None:
+        items, first, n_items = values
+        known = Events(items, first, n_items, name)
+    return known
 
 
 class Histories(NamedTuple):

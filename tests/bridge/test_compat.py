@@ -60,6 +60,7 @@ BREAKS = {
     "own_logger": (  # the application's root logger is taken
         "import logging, recbole.trainer, recbole.data, recbole.model.sequential_recommender\n"
         "taken = [name for name, module in sys.modules.items() if name.startswith('recbole.')\n"
+        "         and not hasattr(module, '__path__')  # packages take the name in with others, and do not call it\n"
         "         and getattr(module, 'getLogger', None) is logging.getLogger]\n"
         "assert not taken, f'the root logger is taken by {taken}'\n"
         "assert recbole.trainer.trainer.getLogger().name == 'recbole_holo'\n",
