@@ -324,7 +324,7 @@ class Config(RecBoleConfig):
         why, fields = splits.without_effect(final)
         if fields:
             said = ", ".join(f"{field}: {final[field]}" for field in fields)
-            getLogger().warning(f"{said}: without effect and dropped, since {why}")
+            _logger.warning(f"{said}: without effect and dropped, since {why}")
         for field in fields:
             final[field] = splits.UNSPLIT_ONLY[field][0]
 
