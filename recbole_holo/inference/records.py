@@ -63,7 +63,7 @@ class Codec:
     Args:
         layout: of the model's states.
         storage: of their numbers: ``float32``, ``float16`` (half the size), or ``int8`` (a quarter and a bit: sixteen
-            numbers have one float16 scale). What a smaller one costs in ranking is in the README.
+            numbers have one float16 scale). How many bytes each takes is in results/streaming-cpu.md.
         checked: with a checksum, for what leaves the process.
         version: of what the states depend on, in hexadecimal digits; records of another are refused.
 
