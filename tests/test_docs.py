@@ -120,6 +120,13 @@ def test_the_site_has_the_results_that_are_linked() -> None:
     assert all((ROOT / name).is_file() for name in linked)
 
 
+def test_what_a_page_would_fetch_is_found() -> None:
+    fetched = pages().FETCHED.search
+    assert fetched('<script src="https://unpkg.com/a"></script>')
+    assert fetched('<link rel="stylesheet" href=//fonts.googleapis.com/css>')
+    assert not fetched('<a href="https://recbole.io">RecBole</a><script src="assets/a.js"></script>')
+
+
 def test_a_notebook_is_a_page_with_what_it_printed(tmp_path: Path) -> None:
     cells = [
         {"cell_type": "markdown", "source": ["# Title\n", "text"]},

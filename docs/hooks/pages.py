@@ -15,6 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PROPERTIES = ROOT / "properties"
 NAMES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}  # of files outside of docs/ on the site
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
+FETCHED = re.compile(
+    r"""<(?:script|img|iframe|source)[^>]+src=["']?(?:https?:)?//|<link[^>]+href=["']?(?:https?:)?//"""
+)
 TABLE = re.compile(r"^<!-- settings: (\w+) -->$", re.M)
 
 
@@ -89,7 +92,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([|*<~\[\]])", r"\\\1", text)
+    return re.sub(r"([|*\[\]])", r"\\\1", text.replace("<", "&lt;"))
 
 
 def with_tables(markdown: str) -> str:
@@ -159,3 +162,11 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     uri = page.file.src_uri
     source = sources.get(uri) or (uri if uri.startswith("results/") else f"docs/{uri}")
     return with_tables(with_links(markdown, source))
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    if found := FETCHED.search(output):
+        from mkdocs.exceptions import PluginError
+
+        raise PluginError(f"{page.file.src_uri} would fetch something from elsewhere: {output[found.start() :][:120]}")
+    return output
