@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from recbole_holo import losses
 from recbole_holo.bridge import registry, resources
 from recbole_holo.bridge.config import Config
 from recbole_holo.quick_start import load_data_and_model, run
@@ -151,9 +152,11 @@ def test_the_table_of_ones_own() -> None:
     assert report["test"].keys() >= {"ndcg@2", "ndcg@2 (unseen)"}
 
 
+@pytest.mark.parametrize("loss_type", ["CE", "BCE", "SampledCE"])
 def test_the_model_of_ones_own(
-    cyclic_dataset: str, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cyclic_dataset: str, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_type: str
 ) -> None:
+    """Whatever the loss: its item table is its own, and only CE could do with that."""
     page = "docs/contribute/model.md"
     (code,) = (block for block in blocks(page, "python") if "class AverageRec" in block)
     (tmp_path / "averagerec.py").write_text(code)
@@ -164,11 +167,24 @@ def test_the_model_of_ones_own(
     (tmp_path / "averagerec.yaml").write_text(defaults)
     registry.register_model("AverageRec", "averagerec", properties="averagerec.yaml")
     del tiny["hidden_size"]
-    report = run("AverageRec", cyclic_dataset, config_dict=tiny)["report"]
+    report = run("AverageRec", cyclic_dataset, config_dict={**tiny, "loss_type": loss_type})["report"]
     assert report["parameters"] == 21 * 64
     names = {"hit@3", "hit@5", "ndcg@3", "ndcg@5", "mrr@3", "mrr@5"}
     assert report["test"].keys() == names | {f"{name} (unseen)" for name in names}
     assert load_data_and_model(report["checkpoint"])[1].__class__.__name__ == "AverageRec"
+
+
+def test_the_loss_of_ones_own(
+    cyclic_dataset: str, tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = blocks("docs/contribute/loss.md", "python")[0]
+    (tmp_path / "hinge.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(losses, "LOSSES", dict(losses.LOSSES))
+    losses.register_loss("Hinge", "hinge")
+    settings = {**tiny, "loss_type": "Hinge", "item_bias": True, "seen_items": "excluded"}
+    report = run("RecMamba", cyclic_dataset, config_dict=settings)["report"]
+    assert load_data_and_model(report["checkpoint"])[1].criterion.__class__.__name__ == "Hinge"
 
 
 @pytest.mark.parametrize("page", ["loss", "operation", "kernel", "model"])

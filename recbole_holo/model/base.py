@@ -117,7 +117,8 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         if config["item_bias"]:
             self.item_bias = nn.Parameter(torch.zeros(self.n_items))
             self.item_bias._no_weight_decay = True  # type: ignore[attr-defined]
-        self.served = self.event_time = None
+        self.served = self.event_time = self.binding = self.head = None
+        self.bind_output = self.scored_products = False
         if event_time(config) and not self.reads_event_time:
             remedy = f"{type(self).__name__} reads no times: leave it at ~"
             raise ConfigError("event_time", config["event_time"], remedy)

@@ -137,9 +137,12 @@ class BoundItems:
 
     def item_rows(self, items: Tensor) -> Tensor:
         """:meth:`item_vectors` of ``items [...]`` alone, ``[..., d]``, for training."""
-        table = self.item_embedding.weight if self.head is None else self.head.weight
-        rows = F.embedding(items, table, sparse=self.sparse_embedding)
-        return self.binding(rows, items, self.scored_products) if self.bind_output and self.binding else rows
+        if self.bind_output and self.binding is not None:
+            table = self.item_embedding.weight if self.head is None else self.head.weight
+            rows = F.embedding(items, table, sparse=self.sparse_embedding)
+            return self.binding(rows, items, self.scored_products)
+        table = self.item_vectors()
+        return F.embedding(items, table, sparse=self.sparse_embedding and table.is_leaf)
 
     def _bound(self, table: Tensor, products: bool) -> Tensor:
         """``table`` bound with its items' attributes."""
@@ -175,9 +178,8 @@ class BoundItems:
     def attribute_report(self) -> dict[str, dict[str, float]]:
         """Of each bound attribute its weights and its share of an item's vector; see
         :meth:`~recbole_holo.layers.holographic.AttributeBinding.report`."""
-        if getattr(self, "binding", None) is None:
+        if self.binding is None:
             return {}
-        assert self.binding is not None
         items = torch.arange(1, self.n_items, device=self.item_embedding.weight.device)
         return self.binding.report(self.item_embedding.weight[1:], items)
 
