@@ -191,9 +191,9 @@ def test_the_loss_of_ones_own(
 def test_recipes_name_files_that_exist(page: str) -> None:
     """But for those that the recipe has one write."""
     text = re.sub(r"```.*?```", "", PAGES[f"docs/contribute/{page}.md"], flags=re.S)
-    written = ("averagerec", "AverageRec", "leaky_sum", "<")
-    folders = [ROOT, ROOT / "recbole_holo", ROOT / "recbole_holo" / "ops"]
+    written = ("averagerec", "AverageRec", "hinge", "leaky_sum", "<")
+    package = ROOT / "recbole_holo"
+    places = [ROOT, package, *(package / name for name in ("losses", "ops", "ops/native")), ROOT / "tests" / "model"]
     for name in re.findall(r"`([\w/.]+\.(?:py|cpp|h|yaml))`", text):
         if not any(word in name for word in written):
-            places = [*folders, ROOT / "recbole_holo" / "ops" / "native", ROOT / "tests" / "model"]
             assert any((place / name).exists() for place in places), name
