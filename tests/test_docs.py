@@ -73,11 +73,13 @@ def test_the_page_of_a_model_has_every_key_of_both_presets(model: str) -> None:
 
 def test_settings_are_read_as_yaml_and_their_comments_are(tmp_path: Path) -> None:
     path = tmp_path / "some.yaml"
-    path.write_text("# It.\na: 1   # (int) one,\n       # and more.\n\n# Next\nb: {c: x}\nd: ~  # no type.\n")
+    path.write_text(
+        "# It.\na: 1   # (int) one,\n       # and more.\n\n# Next. And\n# more.\nb: {c: x}\nd: ~  # no type.\n"
+    )
     assert pages().read_settings(path) == {
         "": [],
         "It.": [("a", 1, "int", "one, and more.")],
-        "Next": [("b", {"c": "x"}, "", ""), ("d", None, "", "no type.")],
+        "Next. And more.": [("b", {"c": "x"}, "", ""), ("d", None, "", "no type.")],
     }
 
 

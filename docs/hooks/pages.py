@@ -31,22 +31,25 @@ class Setting(NamedTuple):
 
 
 def read_settings(path: Path) -> dict[str, list[Setting]]:
-    """The keys of a yaml file with what the comments beside them say, by the heading above them ("" = none)."""
+    """The keys of a yaml file with what the comments beside them say, by the comment above them ("" = none)."""
     text = path.read_text(encoding="utf-8")
-    values, comments, sections = yaml.safe_load(text), {}, {"": []}
-    heading, key, previous = "", None, ""
+    comments: dict[str, list[str]] = {}
+    sections: list[tuple[list[str], list[str]]] = [([], [])]  # lines of the comment above, keys
+    key, previous = "", ""
     for line in text.splitlines():
         if found := re.match(r"(\w+):(.*?)(?:\s#\s(.*))?$", line):
             key = found[1]
             comments[key] = [found[3]] if found[3] else []
-            sections[heading].append(key)
+            sections[-1][1].append(key)
         elif (found := re.match(r"\s+#\s(.*)", line)) and key:
             comments[key].append(found[1])
-        elif line.startswith("# ") and not previous:
-            heading = line[2:]
-            sections[heading] = []
+        elif line.startswith("# "):
+            if not previous:
+                sections.append(([], []))
+            sections[-1][0].append(line[2:])
         previous = line
-    return {heading: [_setting(key, values, comments[key]) for key in keys] for heading, keys in sections.items()}
+    values = yaml.safe_load(text)
+    return {" ".join(above): [_setting(key, values, comments[key]) for key in keys] for above, keys in sections}
 
 
 def _setting(key: str, values: dict[str, Any], comment: list[str]) -> Setting:
@@ -67,8 +70,9 @@ def overall_tables() -> str:
     for heading, settings in read_settings(PROPERTIES / "overall.yaml").items():
         if settings:
             rows = [[f"`{s.key}`", f"`{show(s.default)}`", s.kind, _escaped(s.meaning)] for s in settings]
-            parts += [f"## {heading}", _table(["key", "default", "type", "meaning"], rows)]
-    return "\n\n".join(parts)
+            title, _, note = heading.partition(". ")
+            parts += [f"## {title}", _escaped(note), _table(["key", "default", "type", "meaning"], rows)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def model_table(model: str) -> str:
