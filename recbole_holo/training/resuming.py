@@ -47,7 +47,7 @@ RULES = (
         "obeyed",
         "targets, and what they are compared with in the loss, from the next epoch on",
         """train_on train_windows window_stride train_neg_sample_args loss_type seen_items num_negatives
-        negative_distribution popularity_exponent logq_correction bundle_schedule reg_weight require_pow""",
+        negative_distribution popularity_exponent logq_correction gbce_t bundle_schedule reg_weight require_pow""",
     ),
     Rule(
         "obeyed",
