@@ -102,15 +102,41 @@ def save(state: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """
     try:
         with _unfinished(os.path.dirname(os.path.abspath(path))) as (file, name):
-            torch.save({"format": FORMAT, **plain(state)}, file)
+            with _causes_shown(file) as writer:
+                torch.save({"format": FORMAT, **plain(state)}, writer)
             _seal(file)
             file.flush()
             os.fsync(file.fileno())
             os.replace(name, path)
-    except (OSError, RuntimeError) as error:  # a RuntimeError of PyTorch's writer, which hides the other
-        cause = next((e for e in (error, error.__context__) if isinstance(e, OSError)), None)
-        why = str(error) if cause is None else cause.strerror
-        raise NotWritten(f"checkpoint: {os.fspath(path)!r} could not be written: {why}") from error
+    except OSError as error:
+        raise NotWritten(f"checkpoint: {os.fspath(path)!r} could not be written: {error.strerror}") from error
+
+
+class _Writer:
+    """A file that remembers what went wrong."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.flush = file, file.flush
+        self.error: BaseException | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._file.write(data)
+        except BaseException as error:
+            self.error = error
+            raise
+
+
+@contextmanager
+def _causes_shown(file: IO[bytes]) -> Iterator[Any]:
+    """What stops writing (a full disk, a signal) is raised as it is: PyTorch makes a RuntimeError of it."""
+    writer = _Writer(file)
+    try:
+        yield writer
+    except RuntimeError:
+        if writer.error is None:
+            raise
+        raise writer.error from None
 
 
 @contextmanager

@@ -234,3 +234,24 @@ def test_values_of_unknown_kinds_are_refused(kind: str, tmp_path: Path) -> None:
     packed["w"]["__kind__"] = kind
     with pytest.raises(checkpoint.CheckpointError, match="unknown kind"):
         checkpoint.unpack(packed)
+
+
+def test_a_signal_while_saving_is_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's writer makes a RuntimeError of what is raised inside it, and the command ended with another status."""
+    written, write = [], checkpoint._Writer.write
+
+    class Interrupted:
+        def write(self, data: bytes) -> int:
+            written.append(data)
+            if len(written) == 5:
+                raise KeyboardInterrupt
+            return len(data)
+
+    def interrupted(self: checkpoint._Writer, data: bytes) -> int:
+        self._file = Interrupted()
+        return write(self, data)
+
+    monkeypatch.setattr(checkpoint._Writer, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save({"w": torch.zeros(1000)}, tmp_path / "c.pth")
+    assert os.listdir(tmp_path) == []
