@@ -118,7 +118,7 @@ def cell(row: str, dataset: str, data_path: Path, seed: int) -> dict[str, Any]:
         settings |= {"item_attributes": ATTRIBUTES[dataset], "metrics": ["NDCG"], "topk": [10], **ROWS[row]}
         config_file = str(resources.dataset_config(dataset))
         result = run("HoloMambaRec", dataset, [config_file], settings, test=False)
-        config, model, data, *_ = load_data_and_model(result["report"]["checkpoint"])
+        config, model, data, *_ = load_data_and_model(result["report"]["checkpoint"], data_path=scratch)
         given = {
             "row": row,
             "seed": seed,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -46,60 +48,90 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 2 for input that cannot be used, losses that diverged or a process
-    of several that died, else 0."""
+    """Runs the command and returns its exit status: 2 for input that cannot be used, losses that diverged, a full disk
+    or a process of several that died, 130 and 143 when it is stopped by Ctrl-C or SIGTERM, else 0."""
     args, settings = parser().parse_known_args(argv)
     set_waiting()  # before anything that loads PyTorch
-    from recbole_holo.training import launch
-
-    files = args.config_files.split()
     try:
-        if args.search_space:
-            launch.refuse_torchrun("a search")
-            from recbole_holo.tuning import tune
+        return _main(args, settings, sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:  # while PyTorch was loading
+        print("stopped by SIGINT: nothing was begun", file=sys.stderr)
+        return 130
 
-            if args.nproc != 1:
-                remedy = "a trial is of one process; leave it out, and start the command several times"
-                raise ConfigError("nproc", args.nproc, remedy)
-            tune(
-                args.model,
-                args.dataset,
-                args.search_space,
-                config_file_list=files,
-                config_dict=_as_dict(settings),
-                algo=args.search_algo,
-                max_evals=args.max_evals,
-                early_stop=args.search_early_stop or None,
-                pruner=args.search_pruner,
-                seed=args.search_seed,
-                folder=args.search_dir,
-                storage=args.search_storage,
-            )
-        elif args.profile:
-            launch.refuse_torchrun("a profile")
-            from recbole_holo import profiling
 
-            if args.nproc != 1:
-                raise ConfigError("nproc", args.nproc, "a profile is of one process; leave it out")
-            profiling.run(args.model, args.dataset, files, steps=args.profile_steps, argv=settings)
-        else:
-            from recbole_holo.quick_start import run
+def _main(args: argparse.Namespace, settings: list[str], words: Sequence[str]) -> int:
+    from recbole_holo.training.launch import SAID_IN_A_LINE
+    from recbole_holo.training.stopping import Stopped, sigterm_interrupts
 
-            run(
-                args.model,
-                args.dataset,
-                files,
-                nproc=args.nproc,
-                world_size=args.world_size,
-                ip=args.ip,
-                port=args.port,
-                group_offset=args.group_offset,
-                argv=settings,
-            )
-    except (*launch.SAID_IN_A_LINE, TrialsFailed) as error:
+    try:
+        with sigterm_interrupts():
+            _run(args, settings)
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(error, None)
+        how = f"; go on with: {_goes_on(words, stopped.checkpoint)}" if stopped.checkpoint else ""
+        print(f"{stopped}{how}", file=sys.stderr)
+        return 128 + stopped.signal
+    except (*SAID_IN_A_LINE, TrialsFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _run(args: argparse.Namespace, settings: list[str]) -> None:
+    from recbole_holo.training import launch
+
+    files = args.config_files.split()
+    if args.search_space:
+        launch.refuse_torchrun("a search")
+        from recbole_holo.tuning import tune
+
+        if args.nproc != 1:
+            remedy = "a trial is of one process; leave it out, and start the command several times"
+            raise ConfigError("nproc", args.nproc, remedy)
+        tune(
+            args.model,
+            args.dataset,
+            args.search_space,
+            config_file_list=files,
+            config_dict=_as_dict(settings),
+            algo=args.search_algo,
+            max_evals=args.max_evals,
+            early_stop=args.search_early_stop or None,
+            pruner=args.search_pruner,
+            seed=args.search_seed,
+            folder=args.search_dir,
+            storage=args.search_storage,
+        )
+    elif args.profile:
+        launch.refuse_torchrun("a profile")
+        from recbole_holo import profiling
+
+        if args.nproc != 1:
+            raise ConfigError("nproc", args.nproc, "a profile is of one process; leave it out")
+        profiling.run(args.model, args.dataset, files, steps=args.profile_steps, argv=settings)
+    else:
+        from recbole_holo.quick_start import run
+
+        run(
+            args.model,
+            args.dataset,
+            files,
+            nproc=args.nproc,
+            world_size=args.world_size,
+            ip=args.ip,
+            port=args.port,
+            group_offset=args.group_offset,
+            argv=settings,
+        )
+
+
+def _goes_on(words: Sequence[str], checkpoint: str) -> str:
+    """The command that goes on from a checkpoint."""
+    program = {"__main__.py": "python -m recbole_holo", "recbole-holo": "recbole-holo"}.get(
+        os.path.basename(sys.argv[0]), f"python {shlex.quote(sys.argv[0])}"
+    )
+    others = [word for word in words if not word.startswith("--resume=")]
+    return f"{program} {shlex.join([*others, f'--resume={checkpoint}'])}"
 
 
 def _as_dict(words: Sequence[str]) -> dict[str, str]:

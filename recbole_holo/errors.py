@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -50,3 +50,9 @@ def nearest_names(value: object, names: Iterable[str], limit: int = 3) -> list[s
     """Up to ``limit`` of ``names`` that look like ``value``, best first, whatever their case."""
     by_lower = {name.lower(): name for name in names}
     return [by_lower[m] for m in difflib.get_close_matches(str(value).lower(), by_lower, n=limit, cutoff=0.6)]
+
+
+def listed(ids: Sequence[str], most: int = 5) -> str:
+    """The first of some ids, and how many more there are."""
+    some = ", ".join(repr(str(one)) for one in ids[:most])
+    return some if len(ids) <= most else f"{some} and {len(ids) - most:,} more"

@@ -3,43 +3,41 @@ serving: a model without its data, and a small file of it."""
 
 from __future__ import annotations
 
+import glob
 import os
 import resource
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from logging import getLogger
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from recbole.utils import init_seed
 from torch import Tensor
 
-from recbole_holo.bridge import checkpoint, registry
+from recbole_holo.bridge import checkpoint, registry, restoring, strangers
 from recbole_holo.bridge.compat import quiet_recbole
 from recbole_holo.bridge.config import Config
 from recbole_holo.bridge.host import drawing_apart, guest, start_log, visible_devices_kept
 from recbole_holo.data.catalogue import Catalogue
 from recbole_holo.data.loader import create_dataset, data_preparation
-from recbole_holo.errors import ConfigError
+from recbole_holo.errors import ConfigError, DataError
 from recbole_holo.ops import backend
 from recbole_holo.reporting import write_report
 from recbole_holo.training import launch
-from recbole_holo.training.trainer import HoloTrainer, get_trainer_class
+from recbole_holo.training.stopping import Stopped, stoppable
+from recbole_holo.training.trainer import HoloTrainer, check_settings, get_trainer_class
 
 if TYPE_CHECKING:
     from recbole_holo.inference.compression import Compression
 
+_logger = getLogger("recbole_holo")
 Files = Sequence[str | os.PathLike[str]] | None
-# Settings that make RecBole unpickle files; a stranger's checkpoint may not choose them.
-NO_PICKLES = {
-    "dataset_save_path": None,
-    "dataloaders_save_path": None,
-    "save_dataset": False,
-    "save_dataloaders": False,
-}
 
 
 def run(
@@ -88,7 +86,8 @@ def run(
         raise ConfigError("nproc", nproc, f"torchrun has started {group['world_size']} processes already: leave it out")
     if several:
         with visible_devices_kept():
-            _check_writable(Config(model, dataset, config_file_list, settings, argv))  # errors before processes start
+            config = Config(model, dataset, config_file_list, settings, argv)
+            _check_writable(config)  # errors before processes start
         group = {"nproc": nproc, "world_size": nproc if world_size == -1 else world_size, "offset": group_offset}
         settings.update(ip=ip, port=str(port))
     work = partial(
@@ -103,7 +102,12 @@ def run(
         callback_fn=None if several else callback_fn,
     )
     if several:
-        return launch.together(partial(_run_in_group, work=work), nproc)
+        started = time.time()
+        try:
+            return launch.together(partial(_run_in_group, work=work), nproc)
+        except KeyboardInterrupt as error:
+            found = latest_checkpoint(config["checkpoint_dir"], config["model"], config["dataset"], started)
+            raise Stopped(error, found) from error
     return work() if group is None else _run_in_group(group["local_rank"], work)
 
 
@@ -121,29 +125,24 @@ def _run_in_group(rank: int, work: partial[dict[str, Any]]) -> dict[str, Any]:
 def _run(model, dataset, config_file_list, settings, saved, test, argv, callback_fn=None) -> dict[str, Any]:
     config = Config(model, dataset, config_file_list, settings, argv)
     trainer, train_data, valid_data, test_data = prepare(config)
-    if config["resume"]:
-        trainer.resume_checkpoint(config["resume"])
-    best_score, best_result = trainer.fit(
-        train_data,
-        valid_data,
-        saved=saved,
-        show_progress=bool(config["show_progress"]),
-        callback_fn=callback_fn,
-    )
-    test_result = ranks = ranks_unseen = None
-    if test:
-        test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=bool(config["show_progress"]))
-        ranks, ranks_unseen = trainer.evaluator.ranks, trainer.evaluator.ranks_unseen
-    result = {
-        "best_valid_score": best_score,
-        "valid_score_bigger": config["valid_metric_bigger"],
-        "best_valid_result": best_result,
-        "test_result": test_result,
-        "test_ranks": ranks,
-        "test_ranks_unseen": ranks_unseen,
-    }
-    order_of_time = train_data._dataset.order_of_time
-    result["report"] = write_report(config, trainer.model, trainer, result, saved, _peak_memory(config), order_of_time)
+    shown, test_result, ranks, ranks_unseen = bool(config["show_progress"]), None, None, None
+    with stoppable(trainer):
+        best_score, best_result = trainer.fit(
+            train_data, valid_data, saved=saved, show_progress=shown, callback_fn=callback_fn
+        )
+        if test:
+            test_result = trainer.evaluate(test_data, load_best_model=saved, show_progress=shown)
+            ranks, ranks_unseen = trainer.evaluator.ranks, trainer.evaluator.ranks_unseen
+        result = {
+            "best_valid_score": best_score,
+            "valid_score_bigger": config["valid_metric_bigger"],
+            "best_valid_result": best_result,
+            "test_result": test_result,
+            "test_ranks": ranks,
+            "test_ranks_unseen": ranks_unseen,
+        }
+        order, memory = train_data._dataset.order_of_time, _peak_memory(config)
+        result["report"] = write_report(config, trainer.model, trainer, result, saved, memory, order)
     return result
 
 
@@ -178,32 +177,59 @@ def load_data_and_model(
     """Reloads a checkpoint with its data: ``config, model, dataset, train_data, valid_data, test_data``.
 
     Works for this package's models and RecBole's. The configuration is the one saved, whatever the yaml files and the
-    command line say now, except for ``settings`` (``data_path="…"``, ``use_gpu=False``).
+    command line say now, except for ``settings`` (``data_path="…"``, ``use_gpu=False``). Ids have the numbers that the
+    checkpoint's model knows them by, whatever the order of the files; what is new or gone is logged.
 
     Args:
-        trust_checkpoint: also accept a checkpoint written by RecBole itself, which is a pickle: loading it runs
-            whatever code it holds.
+        trust_checkpoint: you know where the file comes from. It may then be a checkpoint written by RecBole itself,
+            which is a pickle (loading it runs whatever code it holds), or of one of RecBole's models that evaluate or
+            unpickle what their settings say (``bridge/strangers.py``), and name data outside of the working directory.
 
     Raises:
-        CheckpointError: a broken file, or a pickle without ``trust_checkpoint``.
+        CheckpointError: a broken file, one that does not fit its model, or what only ``trust_checkpoint`` allows.
+        ConfigError: likewise, of a path.
+        DataError: the data have ids of which the model can know nothing; they are named.
     """
     state = checkpoint.load(model_file, trust_checkpoint=trust_checkpoint)
-    saved = state["config"]
-    given = saved["given"] if isinstance(saved, dict) else saved.external_config_dict
-    config = Config(
-        saved["model"],
-        saved["dataset"],
-        config_dict={**given, **NO_PICKLES, **settings, "resume": None},
-        complete=isinstance(saved, dict),
-    )
+    config = _config_of(state, model_file, settings, trust_checkpoint)
+    config.numbering = restoring.numbering_of(state, model_file, config["USER_ID_FIELD"])
     _start(config)
     dataset = create_dataset(config)
+    new = restoring.check_numbers(config.numbering, dataset)
+    if config.numbering is None:
+        _logger.warning(f"{os.fspath(model_file)} does not say its ids: they are numbered as the files have them")
     train_data, valid_data, test_data = data_preparation(config, dataset)
     init_seed(config["seed"], config["reproducibility"])
-    model = _with_weights(_build_model(config, train_data), state).to(config["device"])
-    model.load_other_parameter(checkpoint.unpack(state.get("other_parameter")))
-    model.eval()
-    return config, model, dataset, train_data, valid_data, test_data
+    model = restoring.restore(_build_model(config, train_data), state, model_file, new, settings)
+    restoring.restore_others(model, state, new)
+    return config, model.to(config["device"]).eval(), dataset, train_data, valid_data, test_data
+
+
+def _config_of(state: dict[str, Any], path: Any, said: Mapping[str, Any], trusted: bool) -> Config:
+    """The configuration that a checkpoint is loaded with, where ``said`` says nothing else."""
+    saved = state.get("config")
+    if isinstance(saved, dict):
+        settings = strangers.settings_of(saved, path, said, trusted)
+        if said.get("use_gpu") is False and "backend" not in said and settings.get("backend") == "cuda":
+            settings["backend"] = "auto"  # the device that was asked for has others
+        try:
+            return Config(saved["model"], saved["dataset"], config_dict=settings, complete=True)
+        except (ConfigError, DataError):
+            raise
+        except Exception as error:  # RecBole takes for granted that settings are there and of their types
+            what = f"its settings cannot be used ({error!r})"
+            raise checkpoint.CheckpointError(f"checkpoint: {os.fspath(path)!r}: {what}") from error
+    if saved is None or not hasattr(saved, "external_config_dict"):
+        raise checkpoint.CheckpointError(
+            f"checkpoint: {os.fspath(path)!r} does not say its model, data set and settings"
+        )
+    settings = {**saved.external_config_dict, **strangers.NOT_ITS_OWN, **said, "resume": None}
+    return Config(saved["model"], saved["dataset"], config_dict=settings)
+
+
+def _given(saved: dict[str, Any], key: str) -> Any:
+    given = saved.get("given")
+    return given.get(key) if isinstance(given, dict) else None
 
 
 @visible_devices_kept()
@@ -217,19 +243,26 @@ def load_model(model_file: str | os.PathLike[str], device: str | torch.device | 
         CheckpointError: a broken file, a model of RecBole's own, or a checkpoint from before items were kept in it.
     """
     state = checkpoint.load(model_file)
-    if not state.get("catalogue"):
+    catalogue, saved = restoring.catalogue_of(state, model_file), state.get("config")
+    if catalogue is None or not (isinstance(saved, dict) and registry.is_ours(str(saved.get("model")))):
         raise checkpoint.CheckpointError(
             f"checkpoint: {os.fspath(model_file)!r} has no items' ids in it (a model of RecBole's own, or an earlier "
             "version's): reload it with its data, load_data_and_model(), and use Recommender(model, dataset)"
         )
-    saved, catalogue = state["config"], Catalogue.from_plain(state["catalogue"])
-    training_only = {"loss_type": "CE", "sparse_embedding": False, "cold_items": "train", "train_steps_at_once": None}
-    settings = {**saved["given"], **NO_PICKLES, **training_only, "resume": None}
-    config = Config(saved["model"], saved["dataset"], config_dict=settings, complete=True)
+    said: dict[str, Any] = {
+        "loss_type": "CE",
+        "sparse_embedding": False,
+        "cold_items": "train",
+        "train_steps_at_once": None,
+        "data_path": "",  # none is read
+        "backend": "reference" if _given(saved, "backend") == "reference" else "auto",  # as the device has it
+    }
+    config = _config_of(state, model_file, said, trusted=False)
     backend.set_backend(config["backend"])
     with drawing_apart():  # what is drawn for a new model is loaded over
         model = registry.get_model_class(config["model"])(config, catalogue)
-    return _with_weights(model, state).to(device or config["device"]).eval(), catalogue
+    model = restoring.restore(model, state, model_file)
+    return model.to(device or config["device"]).eval(), catalogue
 
 
 def compress_checkpoint(
@@ -263,7 +296,7 @@ def compress_checkpoint(
     if "compression" in saved:
         raise checkpoint.CheckpointError(f"checkpoint: {os.fspath(model_file)!r} is compressed already")
     small = compress(load_model(model_file, "cpu")[0], wanted, histories, gaps)
-    kept = {name: saved[name] for name in ("config", "catalogue")}
+    kept: dict[str, Any] = {name: saved[name] for name in ("config", "catalogue", "numbers") if name in saved}
     checkpoint.save({**kept, "compression": asdict(wanted), "state_dict": stored(small)}, target)
 
 
@@ -276,16 +309,59 @@ def prepare(config: Config) -> tuple[Any, Any, Any, Any]:
         ConfigError, DataError: settings or data that cannot be used, folders that cannot be written to.
     """
     _check_writable(config)
+    resumed = _read_resumed(config)
     _start(config)
     logger = getLogger("recbole_holo")
     logger.info(config)
+    for folder in {config["checkpoint_dir"], os.path.dirname(os.path.abspath(resumed or ""))}:
+        for name in checkpoint.remove_leftovers(folder) if config["local_rank"] == 0 else ():
+            _logger.info(f"{name} in {folder}, which a run that was killed left unfinished, is removed")
     data = create_dataset(config)
     logger.info(data)
+    new_ids = restoring.check_numbers(config.numbering, data)
     train_data, valid_data, test_data = data_preparation(config, data)
     init_seed(config["seed"], config["reproducibility"])
     model = _build_model(config, train_data)
     logger.info(model)
-    return _build_trainer(config, model), train_data, valid_data, test_data
+    trainer = _build_trainer(config, model)
+    if resumed is not None:
+        trainer.new_ids = new_ids
+        trainer.resume_checkpoint(resumed)
+    return trainer, train_data, valid_data, test_data
+
+
+def _read_resumed(config: Config) -> str | None:
+    """The checkpoint that ``resume`` names, looked at before the data are read for it; None to start anew."""
+    path = config["resume"]
+    if not path:
+        return None
+    if path == "auto":
+        path = latest_checkpoint(config["checkpoint_dir"], config["model"], config["dataset"])
+        if path is None:
+            where = f"{config['model']} on {config['dataset']} in {config['checkpoint_dir']}"
+            _logger.warning(f"resume: auto: there is no checkpoint of {where}; the run starts anew")
+            return None
+    state = checkpoint.load(path, trust_checkpoint=bool(config["trust_checkpoint"]))
+    check_settings(config, state, path)
+    config.numbering = restoring.numbering_of(state, path, config["USER_ID_FIELD"])
+    return path
+
+
+def latest_checkpoint(folder: str | os.PathLike[str], model: str, dataset: str, since: float = 0.0) -> str | None:
+    """The latest checkpoint in a folder of a run of this model on this data set, one that is whole and was written
+    ``since`` then (seconds of :func:`time.time`); None: there is none."""
+    names = glob.escape(f"{model}-{dataset}-") + "*.pth"
+    written = {path: path.stat().st_mtime for path in Path(folder).glob(names)}
+    for path in sorted((path for path in written if written[path] >= since), key=written.__getitem__, reverse=True):
+        try:
+            saved = checkpoint.load(path)
+        except checkpoint.CheckpointError as error:
+            _logger.warning(f"resume: auto: {error}")
+            continue
+        named = saved.get("config")
+        if isinstance(named, dict) and (named["model"], named["dataset"]) == (model, dataset) and "optimizer" in saved:
+            return os.fspath(path)
+    return None
 
 
 def _start(config: Config) -> None:
@@ -299,16 +375,6 @@ def _start(config: Config) -> None:
 
 def _build_model(config: Config, train_data: Any) -> Any:
     return registry.get_model_class(config["model"])(config, train_data._dataset).to(config["device"])
-
-
-def _with_weights(model: Any, state: dict[str, Any]) -> Any:
-    """A new model with what a checkpoint has of it; of a compressed one's, compressed."""
-    if "compression" in state:
-        from recbole_holo.inference.compression import Compression, restored
-
-        return restored(model, Compression(**state["compression"]), state["state_dict"])
-    model.load_state_dict(state["state_dict"])
-    return model
 
 
 def _build_trainer(config: Config, model: Any) -> Any:

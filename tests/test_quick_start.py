@@ -26,6 +26,7 @@ from recbole_holo.bridge.config import Config
 from recbole_holo.bridge.metric_names import UNSEEN
 from recbole_holo.data.loader import create_dataset, data_preparation
 from recbole_holo.errors import ConfigError, NonFiniteLoss
+from recbole_holo.inference import Recommender
 from recbole_holo.quick_start import load_data_and_model, objective_function, run
 from recbole_holo.training.trainer import HoloTrainer, get_trainer_class
 
@@ -112,6 +113,16 @@ def test_resuming_with_other_epochs_warns_where_the_rate_depends_on_them(
         resumed = {**tiny, "epochs": 2, "lr_scheduler": "onecycle", "resume": half["checkpoint"], **settings}
         run("RecMamba", cyclic_dataset, config_dict=resumed)
         assert any("a run of 1" in text for text in said) is warned
+
+
+def test_the_device_that_is_given_wins(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
+    """A checkpoint that says ``backend: cuda`` was refused where there is no GPU, and nothing helped."""
+    state = load(run("RecMamba", cyclic_dataset, config_dict=tiny)["report"]["checkpoint"])
+    state["config"]["given"]["backend"] = "cuda"
+    save(state, "cuda.pth")
+    assert Recommender.load("cuda.pth", device="cpu").recommend(history=["i1", "i2"], k=3).items
+    assert load_data_and_model("cuda.pth", use_gpu=False)[0]["backend"] == "auto"
+    assert load_data_and_model("cuda.pth", backend="reference")[0]["backend"] == "reference"
 
 
 def test_a_checkpoint_cannot_name_a_pickle_to_load(cyclic_dataset: str, tiny: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from logging import getLogger
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -23,6 +23,9 @@ from recbole_holo.data import splits
 from recbole_holo.data.order import TIES, TIME_PRECISIONS
 from recbole_holo.errors import ConfigError, DataError, nearest, nearest_names
 from recbole_holo.ops.backend import BACKENDS
+
+if TYPE_CHECKING:
+    from recbole_holo.data.numbering import Numbering
 
 _logger = getLogger("recbole_holo")
 
@@ -97,6 +100,8 @@ class Config(RecBoleConfig):
         ConfigError: unknown model, file, backend or metric, malformed yaml, top-k out of range.
     """
 
+    numbering: Numbering | None = None  # of the checkpoint that the data set is read for
+
     def __init__(
         self,
         model: str | type | None = None,
@@ -138,7 +143,9 @@ class Config(RecBoleConfig):
 
     def _convert_config_dict(self, config_dict: dict[str, Any]) -> dict[str, Any]:
         """Strings that are Python literals or yaml booleans become values. RecBole calls ``eval`` here."""
-        return {key: _literal(value) if isinstance(value, str) else value for key, value in config_dict.items()}
+        if self._complete:  # they are values
+            return dict(config_dict)
+        return {key: literal(value) if isinstance(value, str) else value for key, value in config_dict.items()}
 
     def _get_model_and_dataset(self, model: str | type | None, dataset: str | None) -> tuple[str, type, str]:
         model = model or self.external_config_dict.get("model")
@@ -383,7 +390,8 @@ def _looks_like_a_time(column: str) -> bool:
     return name in TIME_NAMES or name.endswith("timestamp")
 
 
-def _literal(text: str) -> Any:
+def literal(text: str) -> Any:
+    """The value that a Python literal or a yaml boolean says; other text is itself."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:

@@ -65,7 +65,7 @@ def create_dataset(config) -> Any:
     it was made with the same settings.
     """
     dataset_class = get_dataset_class(config)
-    saved = config["dataset_save_path"]
+    saved = None if numbered(config) else config["dataset_save_path"]
     if saved and os.path.exists(saved):
         with open(saved, "rb") as file:
             dataset = pickle.load(file)
@@ -74,9 +74,14 @@ def create_dataset(config) -> Any:
         ):
             return dataset
     dataset = dataset_class(config)
-    if config["save_dataset"]:
+    if config["save_dataset"] and not numbered(config):
         dataset.save()
     return dataset
+
+
+def numbered(config) -> bool:
+    """Whether data are read in a checkpoint's numbers: what is kept of data has those of its files."""
+    return getattr(config, "numbering", None) is not None
 
 
 def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataLoader, AbstractDataLoader]:
@@ -92,7 +97,7 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
         _count_repeats(prepared, {phase: loader._dataset for phase, loader in zip(PHASES, prepared, strict=True)})
         return prepared
     # RecBole would also unpickle a file of the right name that merely lies in checkpoint_dir.
-    wanted = config["dataloaders_save_path"] or config["save_dataloaders"]
+    wanted = not numbered(config) and (config["dataloaders_save_path"] or config["save_dataloaders"])
     saved = load_split_dataloaders(config) if wanted else None
     if saved is not None and all(config[key] == saved[0]._dataset.config[key] for key in DATA_SETTINGS):
         dataset._change_feat_format()
@@ -125,7 +130,7 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
         else:
             loaders.append(_eval_loader(config, loader_class, split, samplers[phase]) if len(split) else None)
     _count_repeats(loaders, splits)
-    if config["save_dataloaders"] and None not in loaders:
+    if config["save_dataloaders"] and not numbered(config) and None not in loaders:
         generators = [loader.generator for loader in loaders]
         save_split_dataloaders(config, dataloaders=loaders)
         for loader, generator in zip(loaders, generators, strict=True):  # saving takes them away
@@ -137,7 +142,7 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
 def _count_repeats(loaders: Sequence[Any], splits: Mapping[str, Any]) -> None:
     """Leaves with the validation and test loaders how many of their targets were seen before, where there are rankings
     that it concerns."""
-    if not two_columns(loaders[0].config["metrics"]):
+    if not two_columns(splits["train"].config["metrics"]):  # loaders of knowledge graphs have no configuration
         return
     found = repeats_of(splits)
     for phase, loader in zip(PHASES, loaders, strict=True):

@@ -46,6 +46,8 @@ class RepairedDataset(Dataset):
 
     Attributes:
         order_of_time: of the events, once it is built; None where they are in no order of time.
+        gone: by field, the numbers of a checkpoint's ids that no longer occur; see
+            :class:`~recbole_holo.data.numbering.Numbering`.
         tied: of sequences, which events have the time of the event before ``[n_events]``, bool.
     """
 
@@ -54,11 +56,16 @@ class RepairedDataset(Dataset):
     missing_values: dict[str, np.ndarray]
     order_of_time: OrderOfTime | None = None
     tied: torch.Tensor | None = None
+    gone: dict[str, np.ndarray]
     _times: np.ndarray  # of the rows, in the file's unit, float64
     _times_as_read: np.ndarray  # the same as RecBole would read them: normalized where that is asked for
     _row_times: np.ndarray  # of the rows that are split, in the precision that counts
 
     # ------------------------------------------------------------------ loading
+    def _get_preset(self) -> None:
+        super()._get_preset()
+        self.gone = {}
+
     def _load_data(self, token: str, dataset_path: str) -> None:
         suffixes = [f".{name}" for name in self.config["benchmark_filename"] or []] or [""]
         for suffix in suffixes if os.path.isdir(dataset_path) else []:
@@ -191,6 +198,29 @@ class RepairedDataset(Dataset):
                 raise DataError(message)
             self.logger.warning(message)
         return feat
+
+    # ------------------------------------------------------------------ ids
+    def _remap(self, remap_list: list[Any]) -> None:
+        """In the numbers of a checkpoint's model, where the configuration carries them."""
+        super()._remap(remap_list)
+        numbering = getattr(self.config, "numbering", None)
+        # What a knowledge graph has beside items is numbered after them, and only compared with the checkpoint's.
+        graph = {*self.alias.get("entity_id", ()), *self.alias.get("relation_id", ())}
+        if numbering is None or any(name in graph for _, name, _ in remap_list):
+            return
+        for _, name, _ in remap_list:
+            found = numbering.new_numbers(name, self.field2id_token[name], self.uid_field)
+            if found is not None:
+                self._renumber(remap_list, *found)
+                return
+
+    def _renumber(self, remap_list: list[Any], number: np.ndarray, ids: np.ndarray) -> None:
+        numbers = {token: i for i, token in enumerate(ids)}
+        gone = np.setdiff1d(np.arange(len(ids)), number)
+        for feat, name, kind in remap_list:
+            old = feat[name]
+            feat[name] = number[old] if kind is FeatureType.TOKEN else [number[row] for row in old]
+            self.field2id_token[name], self.field2token_id[name], self.gone[name] = ids, numbers, gone
 
     # ------------------------------------------------------------------ filtering
     def _filter_nan_user_or_item(self) -> None:

@@ -16,9 +16,10 @@ from scipy.sparse import spmatrix
 from torch import Tensor
 
 from recbole_holo.data import GAPS, TARGETS_SUFFIX
-from recbole_holo.data.attributes import ItemAttribute, item_attribute, shuffled
+from recbole_holo.data.attributes import ItemAttribute, item_attribute, kept_of, shuffled
 from recbole_holo.data.event_time import GapBuckets, Gaps, event_time
 from recbole_holo.data.histories import EventBatch, Events, Histories
+from recbole_holo.data.numbering import Numbering
 from recbole_holo.data.repairs import RepairedDataset
 from recbole_holo.errors import ConfigError, DataError, nearest
 
@@ -141,12 +142,23 @@ class SequenceDataset(PrefixDataset):
         _check(config)
         super().__init__(config)
 
+    @property
+    def numbering(self) -> Numbering | None:
+        """Of the checkpoint whose model reads this data set, if one does."""
+        return getattr(self.config, "numbering", None)
+
     def build(self) -> list[SequenceDataset]:
         datasets = super().build()
         names, buckets = self.config["item_attributes"] or [], self.config["attribute_buckets"]
-        attributes = {name: item_attribute(self, name, buckets) for name in names}
-        if self.config["attribute_shuffle"]:
+        trained = self.numbering.attributes if self.numbering is not None else {}
+        attributes = {name: item_attribute(self, name, buckets, trained.get(name)) for name in names}
+        if self.config["attribute_shuffle"] and not trained:
             attributes = shuffled(attributes, self.config["seed"])
+        for name in trained.keys() & attributes.keys():
+            kept = self.gone[self.iid_field]
+            if self.config["attribute_shuffle"]:
+                kept = np.arange(len(trained[name].index))
+            attributes[name] = kept_of(attributes[name], trained[name], kept)
         for name, attribute in attributes.items():
             without = int((attribute.index.reshape(self.item_num, -1)[1:] == 0).all(-1).sum())
             if without:
@@ -193,7 +205,8 @@ class SequenceDataset(PrefixDataset):
             shown = gaps.before[rows[HISTORY_START] + rows[self.item_list_length_field]]
         else:
             shown = gaps.before[: len(datasets[0])]
-        buckets = GapBuckets.of(shown, self.config["event_time_buckets"])
+        trained = None if self.numbering is None else self.numbering.gap_buckets
+        buckets = trained or GapBuckets.of(shown, self.config["event_time_buckets"])
         numbers = buckets.numbers(gaps, kind)
         self.logger.info(f"event_time: {buckets}")
         ends = np.cumsum([len(dataset) for dataset in datasets])

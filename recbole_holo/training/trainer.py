@@ -18,16 +18,16 @@ from recbole.utils import get_trainer, set_color
 from torch import Tensor
 from tqdm import tqdm
 
-from recbole_holo.bridge import checkpoint, registry
+from recbole_holo.bridge import checkpoint, registry, restoring
 from recbole_holo.bridge.config import overridden
 from recbole_holo.bridge.host import random_states_kept
 from recbole_holo.bridge.metric_names import kept_name
 from recbole_holo.data.batches import SequenceTrainLoader
 from recbole_holo.data.catalogue import Catalogue
-from recbole_holo.errors import ConfigError, NonFiniteLoss
+from recbole_holo.errors import NonFiniteLoss
 from recbole_holo.model.base import SequenceRecommender
 from recbole_holo.model.state_space import StateSpaceRecommender
-from recbole_holo.training import distributed
+from recbole_holo.training import distributed, resuming
 from recbole_holo.training.contention import Contention
 from recbole_holo.training.evaluation import TwoColumns
 from recbole_holo.training.graphs import EncoderGraphs, width_multiple
@@ -61,8 +61,12 @@ class SafeCheckpoints(TwoColumns):
         self._train_data: Any = None
         self._valid_result: dict[str, float] | None = None  # of the epoch that is being saved
         self.valid_scores: list[float] = []  # of every epoch with a validation
-        self._resumed: dict[str, Any] | None = None
-        self._catalogue: dict[str, Any] | None = None
+        self._valid_data: Any = None
+        self._resumed: dict[str, Any] | None = None  # the checkpoint that the next fit goes on from
+        self._known_items: dict[str, Any] = {}  # what checkpoints say of ids
+        self._selection: dict[str, Any] | None = None  # what scores of epochs depend on
+        self.new_ids: dict[str, list[str]] = {}  # by field, what the checkpoint that is resumed does not know
+        self._unlike = False  # whether the checkpoint says no score in the metric that epochs are chosen by
 
     # ------------------------------------------------------------------ saving and resuming
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
@@ -84,7 +88,8 @@ class SafeCheckpoints(TwoColumns):
                     "other_parameter": checkpoint.pack(self.model.other_parameter()),
                     "optimizer": self.optimizer.state_dict(),
                     "random_state": self._random_state(),
-                    "catalogue": self._items(),
+                    "selection": self._depends_on(),
+                    **self._items(),
                 },
                 path,
             )
@@ -92,11 +97,23 @@ class SafeCheckpoints(TwoColumns):
         if verbose:
             self.logger.info(set_color("Saving current", "blue") + f": {path}")
 
-    def _items(self) -> dict[str, Any] | None:
-        """What serves a model without its data; of this package's models only."""
-        if self._catalogue is None and self._train_data is not None and registry.is_ours(self.config["model"]):
-            self._catalogue = Catalogue.of(self._train_data._dataset).plain()
-        return self._catalogue
+    def _items(self) -> dict[str, Any]:
+        """Which ids have which numbers; of this package's models also what serves them without their data."""
+        if not self._known_items and self._train_data is not None:
+            dataset, model = self._train_data._dataset, self.config["model"]
+            self._known_items = {
+                "catalogue": Catalogue.of(dataset).plain() if registry.is_ours(model) else None,
+                "numbers": restoring.numbers_of(dataset, model),
+            }
+        return self._known_items
+
+    def _depends_on(self) -> dict[str, Any] | None:
+        if self._selection is None and self._train_data is not None:
+            self._selection = {
+                **resuming.selection(self.config, self._valid_data),
+                "train": resuming.fingerprint(self._train_data._dataset),
+            }
+        return self._selection
 
     def _weights(self) -> dict[str, Any]:
         """What a checkpoint holds of the model's parameters and buffers."""
@@ -104,7 +121,7 @@ class SafeCheckpoints(TwoColumns):
 
     def _load_weights(self, saved: dict[str, Any]) -> None:
         """The inverse, to continue training."""
-        self.model.load_state_dict(saved["state_dict"])
+        restoring.restore(self.model, saved, self.saved_model_file, self.new_ids)
 
     def save_pretrained_model(self, epoch: int, saved_model_file: str) -> None:
         """What RecBole's S3Rec trainer writes between its two stages, and reads back in the second."""
@@ -146,17 +163,24 @@ class SafeCheckpoints(TwoColumns):
         return saved
 
     def resume_checkpoint(self, resume_file: str | os.PathLike[str]) -> None:
-        """Continues from a checkpoint: the next epoch runs as it would have run without the stop."""
-        saved = self._load(os.fspath(resume_file))
-        if saved["config"]["model"] != self.config["model"]:
-            raise ConfigError("resume", os.fspath(resume_file), f"it is a checkpoint of {saved['config']['model']}")
-        self.saved_model_file = os.fspath(resume_file)
+        """Continues from a checkpoint: the next epoch runs as it would have run without the stop.
+
+        Settings may be others than the checkpoint's where :mod:`recbole_holo.training.resuming` says so.
+
+        Raises:
+            ConfigError: a setting that can be no other.
+            CheckpointError, DataError: it does not fit the model, or the model not the data.
+        """
+        path = os.fspath(resume_file)
+        saved = self._load(path)
+        check_settings(self.config, saved, path)
+        self.saved_model_file = path
         self.start_epoch = saved["epoch"] + 1
         self._resume_selection(saved)
         self._load_weights(saved)
-        self.model.load_other_parameter(checkpoint.unpack(saved.get("other_parameter")))
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self._resumed = saved.get("random_state")
+        restoring.restore_others(self.model, saved, self.new_ids)
+        self._load_optimizer(saved["optimizer"])
+        self._resumed = saved
         self.logger.info(f"resuming {resume_file} from epoch {self.start_epoch}")
         planned = saved["config"].get("given", {}).get("epochs", self.epochs)
         if self.schedule is not None and planned != self.epochs:
@@ -164,6 +188,24 @@ class SafeCheckpoints(TwoColumns):
                 f"epochs: {self.epochs}, but the checkpoint is of a run of {planned}: lr_scheduler goes over all "
                 f"epochs, so the learning rate jumps. To continue as planned use {planned}, or lr_scheduler: ~"
             )
+
+    def _load_optimizer(self, saved: dict[str, Any]) -> None:
+        """Its moments and counts of steps, for the learning rate, betas and decay that the settings say now.
+
+        (PyTorch's way would take these from the checkpoint, too.)
+        """
+        own = self.optimizer.state_dict()
+        n_items = self.model.n_items if getattr(self.model, "trained_items", None) is not None else None
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state = {
+            index: {
+                slot: found if torch.is_tensor(v) and (found := restoring.grown(v, of, n_items)) is not None else v
+                for slot, v in saved["state"][index].items()
+            }
+            for index, of in enumerate(parameters)
+            if index in saved["state"]
+        }
+        self.optimizer.load_state_dict({"state": state, "param_groups": own["param_groups"]})
 
     def _resume_selection(self, saved: dict[str, Any]) -> None:
         """The best epoch so far, in the metric that epochs are chosen by now; the checkpoint's may be another."""
@@ -180,16 +222,51 @@ class SafeCheckpoints(TwoColumns):
             return
         worst = -np.inf if self.valid_metric_bigger else np.inf
         self.cur_step, self.valid_scores, self.best_valid_score = 0, [], worst if score is None else score
+        self._unlike = score is None
         self.logger.warning(
             f"valid_metric: {self.valid_metric}, but the checkpoint is of a run with another: its epoch, "
             + ("which does not say it, is not compared with" if score is None else f"with {score}, is to be beaten")
         )
 
+    def _check_data(self, saved: dict[str, Any], dataset: Any) -> None:
+        """
+        Raises:
+            DataError: the ids of the checkpoint have other numbers in the data set.
+        """
+        numbering = restoring.numbering_of(saved, self.saved_model_file, dataset.uid_field)
+        if numbering is not None:
+            numbering.new_ids(dataset)
+
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        """What is left of resuming when the data are there."""
+        self._check_data(saved, self._train_data._dataset)
+        now = self._depends_on() or {}
+        then = saved.get("selection") or now  # an older one does not say
+        differing = distributed.broadcast([key for key in now if then.get(key) != now[key]])
+        if "train" in differing:
+            differing.remove("train")
+            self.logger.warning("the training data are not those that the checkpoint's epochs were trained on")
+        if self._valid_data and (differing or self._unlike):
+            self._measure_again(differing or ["valid_metric"])
+        if "random_state" in saved:
+            self._restore_random_state(saved["random_state"])
+
+    def _measure_again(self, differing: list[str]) -> None:
+        before = self.best_valid_score
+        self.eval_collector.data_collect(self._train_data)
+        self.best_valid_score, self.best_valid_result = self._valid_epoch(self._valid_data)
+        self.cur_step, self.valid_scores = 0, []
+        what = ", ".join("validation data" if key == "data" else key for key in differing)
+        self.logger.warning(
+            f"{what}: not as in the run that is resumed; its epoch, with {before} then, has "
+            f"{self.valid_metric} {self.best_valid_score} now, which is to be beaten"
+        )
+
     def fit(self, train_data: Any, valid_data: Any = None, **kwargs: Any) -> tuple[float, dict[str, float] | None]:
-        self._train_data = train_data
+        self._train_data, self._valid_data = train_data, valid_data
         if self._resumed is not None:
-            self._restore_random_state(self._resumed)
-            self._resumed = None
+            saved, self._resumed = self._resumed, None
+            self._go_on(saved)
         if self.start_epoch >= self.epochs > 0:
             self.eval_collector.data_collect(train_data)
             self.logger.info(f"nothing to train: the checkpoint has {self.start_epoch} of {self.epochs} epochs")
@@ -218,8 +295,9 @@ class SafeCheckpoints(TwoColumns):
         if load_best_model:
             path = model_file or self.saved_model_file
             saved = self._load(path)
-            self.model.load_state_dict(saved["state_dict"])
-            self.model.load_other_parameter(checkpoint.unpack(saved.get("other_parameter")))
+            self._check_data(saved, eval_data._dataset)
+            restoring.restore(self.model, saved, path)
+            restoring.restore_others(self.model, saved)
             self.logger.info(f"Loading model structure and parameters from {path}")
         with self._same_draws(eval_data):
             return super().evaluate(eval_data, load_best_model=False, show_progress=show_progress)
@@ -451,7 +529,9 @@ class HoloTrainer(SafeCheckpoints, Trainer):
         super()._load_weights(saved)
         if "ema" in saved:
             average = WeightAverage(self.model, self.ema_decay or 0.0)
-            average.load_state_dict(saved["ema"])  # and the model has the weights that were trained, average or not
+            weights = restoring.rows_for_new_items(self.model, saved["ema"]["weights"])
+            # And the model has the weights that were trained, average or not.
+            average.load_state_dict({**saved["ema"], "weights": weights})
             if self.ema_decay is not None:
                 self.average = average
 
@@ -474,6 +554,20 @@ class HoloTrainer(SafeCheckpoints, Trainer):
 
     def _map_reduce(self, result: dict[str, float], num_sample: int) -> dict[str, float]:
         return result  # the rows of all processes were gathered before the metrics were computed
+
+
+def check_settings(config: Any, saved: dict[str, Any], path: str) -> None:
+    """That a run with the settings of ``config`` may go on from a checkpoint.
+
+    Raises:
+        CheckpointError: one that no training goes on from.
+        ConfigError: a setting that differs and cannot be obeyed.
+    """
+    then = saved.get("config")
+    if not isinstance(then, dict) or not all(key in saved for key in ("epoch", "optimizer", "state_dict")):
+        raise checkpoint.CheckpointError(f"checkpoint: {path!r} is not of a run of this package that could go on")
+    now = {"model": config["model"], "dataset": config["dataset"], **config.given}
+    resuming.check(then, now, config.known_keys(), path)
 
 
 def get_trainer_class(config) -> type[Trainer]:
