@@ -155,11 +155,7 @@ class SafeCheckpoints(TwoColumns):
 
     def _load(self, path: str) -> dict[str, Any]:
         saved = checkpoint.load(path, self.device, trust_checkpoint=bool(self.config["trust_checkpoint"]))
-        if "compression" in saved:
-            raise checkpoint.CheckpointError(
-                f"checkpoint: {path!r} is of a compressed model, which is not trained on nor loaded over another: use "
-                "the checkpoint that it was made of; to evaluate it, load_data_and_model()"
-            )
+        _refuse_compressed(saved, path)
         return saved
 
     def resume_checkpoint(self, resume_file: str | os.PathLike[str]) -> None:
@@ -556,6 +552,14 @@ class HoloTrainer(SafeCheckpoints, Trainer):
         return result  # the rows of all processes were gathered before the metrics were computed
 
 
+def _refuse_compressed(saved: dict[str, Any], path: str) -> None:
+    if "compression" in saved:
+        raise checkpoint.CheckpointError(
+            f"checkpoint: {path!r} is of a compressed model, which is not trained on nor loaded over another: use the "
+            "checkpoint that it was made of; to evaluate it, load_data_and_model()"
+        )
+
+
 def check_settings(config: Any, saved: dict[str, Any], path: str) -> None:
     """That a run with the settings of ``config`` may go on from a checkpoint.
 
@@ -563,6 +567,7 @@ def check_settings(config: Any, saved: dict[str, Any], path: str) -> None:
         CheckpointError: one that no training goes on from.
         ConfigError: a setting that differs and cannot be obeyed.
     """
+    _refuse_compressed(saved, path)
     then = saved.get("config")
     if not isinstance(then, dict) or not all(key in saved for key in ("epoch", "optimizer", "state_dict")):
         raise checkpoint.CheckpointError(f"checkpoint: {path!r} is not of a run of this package that could go on")
