@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from recbole_holo.bridge.compat import quiet_recbole
 from recbole_holo.errors import ConfigError, DataError, MissingExtra, NonFiniteLoss
 from recbole_holo.openmp import set_waiting
 
@@ -42,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 2 for input that cannot be used or a loss that diverged, else 0."""
     args, settings = parser().parse_known_args(argv)
     set_waiting()  # before anything that loads PyTorch
+    with quiet_recbole(in_the_command=True):
+        return _run(args, settings)
+
+
+def _run(args: argparse.Namespace, settings: list[str]) -> int:
     from recbole_holo.bridge.checkpoint import CheckpointError
 
     files = args.config_files.split()

@@ -17,7 +17,7 @@ from recbole.utils import init_logger, init_seed
 from torch import Tensor
 
 from recbole_holo.bridge import checkpoint, registry
-from recbole_holo.bridge.compat import quiet_recbole
+from recbole_holo.bridge.compat import quiet_recbole, recboles_refusals
 from recbole_holo.bridge.config import Config
 from recbole_holo.data.catalogue import Catalogue
 from recbole_holo.data.loader import create_dataset, data_preparation
@@ -88,6 +88,7 @@ def run(
     return queue.get() if not queue.empty() else {}
 
 
+@quiet_recbole(in_the_command=True)  # a process of its own
 def _run_process(rank, model, dataset, config_file_list, settings, saved, test, argv, queue) -> None:
     result = _run(model, dataset, config_file_list, {**settings, "local_rank": rank}, saved, test, argv)
     torch.distributed.destroy_process_group()
@@ -273,7 +274,8 @@ def _start(config: Config) -> None:
 
 
 def _build_model(config: Config, train_data: Any) -> Any:
-    return registry.get_model_class(config["model"])(config, train_data._dataset).to(config["device"])
+    with recboles_refusals(f"model {config['model']}"):
+        return registry.get_model_class(config["model"])(config, train_data._dataset).to(config["device"])
 
 
 def _with_weights(model: Any, state: dict[str, Any]) -> Any:
