@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from recbole_holo.bridge.compat import quiet_recbole
 from recbole_holo.errors import ConfigError, TrialsFailed
 from recbole_holo.openmp import set_waiting
 
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, settings = parser().parse_known_args(argv)
     set_waiting()  # before anything that loads PyTorch
     try:
-        return _main(args, settings, sys.argv[1:] if argv is None else argv)
+        with quiet_recbole(in_the_command=True):
+            return _main(args, settings, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:  # while PyTorch was loading
         print("stopped by SIGINT: nothing was begun", file=sys.stderr)
         return 130

@@ -21,7 +21,7 @@ from recbole.utils import init_seed
 from torch import Tensor
 
 from recbole_holo.bridge import checkpoint, registry, restoring, strangers
-from recbole_holo.bridge.compat import quiet_recbole
+from recbole_holo.bridge.compat import quiet_recbole, recboles_refusals
 from recbole_holo.bridge.config import Config
 from recbole_holo.bridge.host import drawing_apart, guest, start_log, visible_devices_kept
 from recbole_holo.data.catalogue import Catalogue
@@ -374,7 +374,8 @@ def _start(config: Config) -> None:
 
 
 def _build_model(config: Config, train_data: Any) -> Any:
-    return registry.get_model_class(config["model"])(config, train_data._dataset).to(config["device"])
+    with recboles_refusals(f"model {config['model']}"):
+        return registry.get_model_class(config["model"])(config, train_data._dataset).to(config["device"])
 
 
 def _build_trainer(config: Config, model: Any) -> Any:
