@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from logging import getLogger
 from typing import Any
 
@@ -42,38 +41,55 @@ class _Recorded(Carried):
         return layer(hidden)
 
 
-class _Stack(nn.Module):
-    def __init__(self, model: nn.Module, encode_vectors: Callable[[Tensor, Carried], Tensor]) -> None:
+class _StandIn(nn.Module):
+    """A module that appears in a trace as one operation."""
+
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.model, self._encode_vectors = model, encode_vectors
+        self._stands_for = [module]  # in a list, so that it is no part of this one
 
-    def forward(self, x: Tensor, position: Tensor) -> Tensor:
-        return self._encode_vectors(x, _Recorded(position, in_place=True))
+    def forward(self, x: fx.Proxy, *_position: fx.Proxy) -> fx.Proxy:
+        return x.tracer.create_proxy("call_function", self._stands_for[0], (x,), {}, name="module")
 
 
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LEAVES)
+def _with_stand_ins(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy of the tree of modules that has all in common with it but the :data:`LEAVES`.
+
+    :class:`torch.fx.Tracer` changes classes of PyTorch for the whole process while it traces: a model that is called in
+    another thread would be traced with this one. A stack of stand-ins is traced by calling it, and nobody notices.
+    """
+    if module not in made:
+        if isinstance(module, LEAVES):
+            made[module] = _StandIn(module)
+        else:
+            copied = made[module] = object.__new__(type(module))
+            children = {n: c if c is None else _with_stand_ins(c, made) for n, c in module._modules.items()}
+            copied.__dict__.update({**vars(module), "_modules": children})
+    return made[module]
+
+
+def _trace(model: nn.Module) -> fx.Graph:
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    x, position = (fx.Proxy(graph.placeholder(name), tracer) for name in ("x", "position"))
+    stack: Any = _with_stand_ins(model, {})
+    result = stack.encode_vectors(x, _Recorded(position, in_place=True))  # type: ignore[arg-type]
+    graph.output(result.node)
+    return graph
 
 
 @torch.no_grad()
-def step_program(
-    model: nn.Module,
-    encode_vectors: Callable[[Tensor, Carried], Tensor],
-    width: int,
-    places: dict[nn.Module, tuple[int, int]],
-) -> StepProgram | None:
-    """``encode_vectors`` of one step as a program, or None where it does something that has no operation.
+def step_program(model: nn.Module, width: int, places: dict[nn.Module, tuple[int, int]]) -> StepProgram | None:
+    """``model.encode_vectors`` of one step as a program, or None where it does something that has no operation.
 
     Args:
         model: in evaluation mode, on a CPU, in float32; its parameters are copied.
         width: d of its input and output.
         places: of every :class:`~recbole_holo.layers.carried.Recurrent`, where its states are in a state's numbers.
     """
-    root = _Stack(model, encode_vectors)
     try:
-        return StepProgram(width, _Translation(root, _Tracer().trace(root), width, places).steps)
-    except (NotTraceable, fx.proxy.TraceError, TypeError) as error:
+        return StepProgram(width, _Translation(_trace(model), width, places).steps)
+    except (NotTraceable, fx.proxy.TraceError, TypeError, NotImplementedError) as error:
         getLogger("recbole_holo").info("a step of %s runs module by module: %s", type(model).__name__, error)
         return None
 
@@ -81,8 +97,8 @@ def step_program(
 class _Translation:
     """A graph as steps. Values are numbered as they are made; views have the number of what they show."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph, width: int, places: dict[nn.Module, tuple[int, int]]) -> None:
-        self.root, self.places = root, places
+    def __init__(self, graph: fx.Graph, width: int, places: dict[nn.Module, tuple[int, int]]) -> None:
+        self.places = places
         self.steps: list[Step] = []
         self.widths = [width]
         values: dict[fx.Node, int] = {}
@@ -98,8 +114,8 @@ class _Translation:
                 values[node] = self._value(node, values)
 
     def _value(self, node: fx.Node, values: dict[fx.Node, int]) -> int:
-        if node.op == "call_module":
-            return self._module(self.root.get_submodule(str(node.target)), values[node.args[0]])  # type: ignore[index]
+        if isinstance(node.target, nn.Module):
+            return self._module(node.target, values[node.args[0]])  # type: ignore[index]
         if node.op == "call_method" and node.target in VIEWS:
             return values[node.args[0]]  # type: ignore[index]
         if node.op == "call_function" and node.target in FUNCTIONS:

@@ -264,7 +264,7 @@ class Stepping(nn.Module):
                 fields = {field.name: field.start for field in self.state_layout().fields}
                 places: dict[nn.Module, tuple[int, int]] = {}
                 places |= {b: (fields[f"now.{i}.conv"], fields[f"now.{i}.ssm"]) for i, b in enumerate(self._blocks())}
-                program = step_program(self, self.encode_vectors, self.hidden_size, places)
+                program = step_program(self, self.hidden_size, places)
             known = _programs[self] = watched, (backend.get_backend(), watched.stamp()), program
         return known[2]
 

@@ -112,7 +112,7 @@ def test_a_traced_stack(batch: int) -> None:
     sizes = [torch.Size(shape).numel() for b in (stack.mamba, stack.latent) for shape in b.state_shapes()]
     starts = [sum(sizes[:i]) for i in range(4)]
     places = {stack.mamba: tuple(starts[:2]), stack.latent: tuple(starts[2:])}
-    program = step_program(stack, stack.encode_vectors, 20, places)
+    program = step_program(stack, 20, places)
     assert program is not None
     items, numbers = torch.randn(batch, 9, 20), torch.zeros(batch, sum(sizes))
     found = torch.stack([program(x, torch.full((batch,), t), numbers) for t, x in enumerate(items.unbind(1))], 1)
@@ -122,4 +122,4 @@ def test_a_traced_stack(batch: int) -> None:
 
 def test_a_stack_that_cannot_be_traced_has_no_program() -> None:
     stack = Stack(odd=True).eval()
-    assert step_program(stack, stack.encode_vectors, 20, {stack.mamba: (0, 0), stack.latent: (0, 0)}) is None
+    assert step_program(stack, 20, {stack.mamba: (0, 0), stack.latent: (0, 0)}) is None
