@@ -61,7 +61,11 @@ def main() -> None:
     metric, lines, whole = config["valid_metric"].lower(), [], stored_bytes(model)
     base: dict[str, float] = {}
     for name, wanted in tqdm(rows(model).items()):
-        small = model if wanted is None else compress(model, wanted, histories[model.ITEM_SEQ])
+        small = (
+            model
+            if wanted is None
+            else compress(model, wanted, histories[model.ITEM_SEQ], model.times_of(histories).get("gaps"))
+        )
         trainer = get_trainer_class(config)(config, small)
         trainer.eval_collector.data_collect(train)
         scores = {

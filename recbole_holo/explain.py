@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from tabulate import tabulate
 from torch import Tensor
 
 from recbole_holo.bridge.checkpoint import CheckpointError
 from recbole_holo.data.catalogue import Catalogue
+from recbole_holo.data.event_time import since_latest
+from recbole_holo.data.ids import as_count, as_id, as_ids, as_list, as_time, numbers_in
 from recbole_holo.errors import ConfigError, DataError
 from recbole_holo.ops.circular_convolution import unbind
 from recbole_holo.ops.cleanup import cleanup
@@ -59,7 +62,12 @@ class Explanation:
 
 @torch.no_grad()
 def explain(
-    model: Any, dataset: Any, item: str | None = None, history: Sequence[str] | None = None, k: int = 3
+    model: Any,
+    dataset: Any,
+    item: str | None = None,
+    history: Iterable[str] | None = None,
+    k: int = 3,
+    timestamps: Iterable[Any] | None = None,
 ) -> Explanation:
     """Which values of each attribute the vector of an item or of a history holds most strongly.
 
@@ -75,9 +83,11 @@ def explain(
         item: id in the data set's files; or
         history: such ids, oldest first.
         k: values an attribute.
+        timestamps: of the history's events, in the data set's own unit, for a model with ``event_time``; None: nothing
+            is known of them. Of the time of the next event nothing is known.
 
     Raises:
-        ConfigError: a model that binds no attributes.
+        ConfigError: a model that binds no attributes; what is no id, no list of ids, no number or no time.
         DataError: an item that the data set does not have.
     """
     binding = _checked_binding(model)
@@ -85,15 +95,19 @@ def explain(
         raise ConfigError("item, history", (item, history), "give one of the two")
     model.eval()
     items = Catalogue.of(dataset)
-    given = [item] if item is not None else list(history or [])
+    k = as_count(k, "k", of="values")
+    given = [as_id(item, "item")] if item is not None else as_ids(history, "history", ordered=True)
     if not given:
         raise DataError(f"{items.iid_field}: an empty history says nothing; give at least one item")
     ids = torch.tensor([items.number(token) for token in given], device=model.item_embedding.weight.device)
-    of = " | ".join(items.title(number) for number in ids.tolist())
+    of = " | ".join(items.named(number) for number in ids.tolist())
     if item is not None:
         readings = _read(model, model.embed_items(ids[0]), model.item_embedding.weight[ids[0]], k)
     else:
-        hidden = model.forward(ids.unsqueeze(0), torch.tensor([len(ids)], device=ids.device))[0]
+        lengths = torch.tensor([len(ids)], device=ids.device)
+        gaps = _gaps(items, timestamps, ids) if timestamps is not None and model.event_time is not None else None
+        times = {} if gaps is None else {"gaps": gaps}  # models that read none need not take any
+        hidden = model.forward(ids.unsqueeze(0), lengths, **times)[0]
         readings = readings_of(model, hidden, k)
     shares = {vectors.name: vectors.index[ids].reshape(len(ids), -1) for vectors in binding.attributes}
     numbers = {vectors.name: {label: n for n, label in enumerate(vectors.labels)} for vectors in binding.attributes}
@@ -103,6 +117,17 @@ def explain(
         return (shares[reading.attribute] == number).any(-1).double().mean().item()
 
     return Explanation(of, [replace(reading, own=share(reading)) for reading in readings], item is not None)
+
+
+def _gaps(items: Catalogue, timestamps: Iterable[Any], ids: Tensor) -> Tensor:
+    """What the model reads of a history's times ``[1, L]``."""
+    given = [as_time(time) for time in as_list(timestamps, "timestamps", ordered=True)]
+    if len(given) != len(ids):
+        raise ConfigError("timestamps", len(given), f"give one for each of the {len(ids)} items")
+    if items.gap_buckets is None:
+        raise ConfigError("dataset", items.dataset_name, "pass the training split or a checkpoint's catalogue")
+    times = np.array([np.nan if time is None else time for time in given])
+    return torch.from_numpy(items.gap_buckets(since_latest(times))).unsqueeze(0).to(ids.device)
 
 
 def readings_of(model: Any, hidden: Tensor, k: int = 3) -> list[Reading]:
@@ -149,12 +174,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     flags.add_argument("--checkpoint", required=True, help="file written by a run")
     flags.add_argument("--item", help="an item's id in the data set's files")
     flags.add_argument("--history", help='such ids, oldest first: "50|172|181"')
+    flags.add_argument("--times", help="of the history's events, for a model that reads them: 978300019|978300055")
     flags.add_argument("--k", type=int, default=3, help="values an attribute")
     args = flags.parse_args(argv)
     try:
         model, items = load_model(args.checkpoint)
         history = None if args.history is None else args.history.split("|")
-        print(explain(model, items, args.item, history, args.k))
+        times = None if args.times is None else numbers_in(args.times, "times")
+        print(explain(model, items, args.item, history, args.k, times))
     except (ConfigError, DataError, CheckpointError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -237,6 +237,7 @@ def compress_checkpoint(
     target: str | os.PathLike[str],
     wanted: Compression,
     histories: Tensor | None = None,
+    gaps: Tensor | None = None,
 ) -> None:
     """Writes the model of a checkpoint, compressed, to a file of its own, which holds its bits and the items' ids,
     titles and attributes.
@@ -247,6 +248,7 @@ def compress_checkpoint(
     Args:
         wanted: what it is compressed to.
         histories: ``[B, L]``, pads on the right; what states are judged by, where some are to be left out.
+        gaps: ``[B, L]``, what a model with ``event_time`` reads of their times, a batch's ``gap_list``.
 
     Raises:
         ConfigError: a compression that the model cannot have, or no folder to write to.
@@ -260,7 +262,7 @@ def compress_checkpoint(
     saved = checkpoint.load(model_file)
     if "compression" in saved:
         raise checkpoint.CheckpointError(f"checkpoint: {os.fspath(model_file)!r} is compressed already")
-    small = compress(load_model(model_file, "cpu")[0], wanted, histories)
+    small = compress(load_model(model_file, "cpu")[0], wanted, histories, gaps)
     kept = {name: saved[name] for name in ("config", "catalogue")}
     checkpoint.save({**kept, "compression": asdict(wanted), "state_dict": stored(small)}, target)
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from recbole_holo.bridge.checkpoint import CheckpointError
+from recbole_holo.data.ids import numbers_in
 from recbole_holo.errors import ConfigError, DataError, MissingExtra
 from recbole_holo.inference.recommender import Recommendations, Recommender
 from recbole_holo.inference.records import StateError
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         asked = args.include_seen or args.exclude_seen
         settings = {"k": args.k, "exclude_seen": args.exclude_seen if asked else None, "why": binds(recommender)}
         history = [token_of(recommender, text) for text in args.history.split("|")] if args.history is not None else []
+        if history:
+            read = (recommender.catalogue.named(recommender.catalogue.number(item)) for item in history)
+            print(f"history: {' | '.join(read)}", file=sys.stderr)
         if not asked:
             print(recommender.about_seen_items(), file=sys.stderr)
         if args.interactive:
@@ -58,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.user is not None:
             print(with_basis(recommender.recommend(args.user, **settings)))
         else:
-            times = None if args.times is None else [number_of(text) for text in args.times.split("|")]
+            times = None if args.times is None else numbers_in(args.times, "times")
             print(with_basis(recommender.recommend(history=history, timestamps=times, **settings)))
     except ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
@@ -75,14 +79,6 @@ def binds(recommender: Recommender) -> bool:
 def token_of(recommender: Recommender, text: str) -> str:
     """An item's id, by its id or title."""
     return recommender.catalogue.tokens[recommender.catalogue.find(text.strip())]
-
-
-def number_of(text: str) -> float:
-    """A time."""
-    try:
-        return float(text)
-    except ValueError as error:
-        raise ConfigError("times", text, "use numbers, such as seconds") from error
 
 
 def with_basis(found: Recommendations) -> str:
@@ -105,7 +101,7 @@ def converse(recommender: Recommender, lines: Iterable[str], k: int, exclude_see
             continue
         recommender.update(user, token)
         found = recommender.recommend(user, k, exclude_seen=exclude_seen, why=why)
-        print(f"\nafter {recommender.catalogue.title(recommender.catalogue.number(token))}:\n{found.table(before)}")
+        print(f"\nafter {recommender.catalogue.named(recommender.catalogue.number(token))}:\n{found.table(before)}")
         before = found.items
     recommender.forget([user])
 

@@ -77,7 +77,7 @@ def test_the_command_prints_titles_values_and_errors(
     assert "The 3th Film" in printed
     assert "g0" in printed
     assert main(["--checkpoint", checkpoint, "--history", "i3|i4", "--k", "1"]) == 0
-    assert "The 3th Film | The 4th Film" in capsys.readouterr().out
+    assert "The 3th Film [i3] | The 4th Film [i4]" in capsys.readouterr().out
     assert main(["--checkpoint", checkpoint, "--item", "i33"]) == 2
     assert "no item 'i33'; did you mean i3" in capsys.readouterr().err
 
@@ -91,3 +91,16 @@ def test_what_cannot_be_read_is_named(cyclic_dataset: str, tiny: dict[str, Any])
         explain(model, data)
     with pytest.raises(DataError, match="empty history"):
         explain(model, data, history=[])
+
+
+def test_ids_are_as_everywhere(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
+    """A history "50" was read as the items 5 and 0."""
+    _, model, data = trained(cyclic_dataset, tiny, epochs=1)
+    for wrong in ("i1", 5, {"i1"}, [None]):
+        with pytest.raises(ConfigError, match="history"):
+            explain(model, data, history=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"item: 5\.0"):
+        explain(model, data, item=5.0)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"k: 2\.5"):
+        explain(model, data, item="i1", k=2.5)  # type: ignore[arg-type]
+    assert explain(model, data, history=iter(["i1", "i2"])) == explain(model, data, history=["i1", "i2"])

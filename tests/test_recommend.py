@@ -33,7 +33,9 @@ def checkpoint(cyclic_dataset: str, tiny: dict[str, Any], write_dataset: Callabl
 
 def test_a_history_by_titles_and_ids(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--checkpoint", checkpoint, "--history", "the 3th film (1995)|i4", "--k", "3"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert "history: The 3th Film [i3] | The 4th Film [i4]" in printed.err  # which items were read
+    lines = printed.out.splitlines()
     assert lines[0].split() == ["item", "title", "score", "why"]
     assert lines[2].split()[:5] == ["1", "i5", "The", "5th", "Film"]
     assert "genre: g2" in lines[2]
@@ -59,7 +61,7 @@ def test_a_misspelt_title(checkpoint: str, capsys: pytest.CaptureFixture[str]) -
     assert main(["--checkpoint", checkpoint, "--history", "The 3th Flm"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: 'cycle' has no item with the id or title 'The 3th Flm'; did you mean 'The ")
-    assert "'The 3th Film'" in error
+    assert "'The 3th Film [i3]'" in error
 
 
 def test_a_stored_user(checkpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,11 +77,11 @@ def test_a_conversation(checkpoint: str, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr("sys.stdin", io.StringIO("The 3th Film\nnothing\ni4\n\ni9\n"))
     assert main(["--checkpoint", checkpoint, "--interactive", "--k", "4"]) == 0
     out = capsys.readouterr().out
-    assert "after The 3th Film:" in out
+    assert "after The 3th Film [i3]:" in out
     assert "no item with the id or title 'nothing'" in out
-    assert "after The 4th Film:" in out
-    assert "9th Film:" not in out
-    assert "was" in out.split("after The 4th Film:")[1]
+    assert "after The 4th Film [i4]:" in out
+    assert "9th Film [i9]:" not in out
+    assert "was" in out.split("after The 4th Film [i4]:")[1]
 
 
 def test_where_items_were() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -112,27 +112,51 @@ class Catalogue:
         return found
 
     def find(self, text: str) -> int:
-        """An item by its id or by its title, whatever the title's case, with or without a year in brackets.
+        """An item by its id or by its title, whatever the title's case.
+
+        A text that is an item's id is that item. The year in brackets behind a title may be left out, and may be given
+        where the data set's titles have none.
 
         Raises:
-            DataError: neither; the nearest titles are offered.
+            DataError: neither, and the nearest titles are offered; or the title of several items, and their ids are.
         """
-        without_year = re.sub(r"\s*\(\d{4}\)$", "", text).lower()
-        found = self.numbers.get(text) or self._by_title.get(text.lower()) or self._by_title.get(without_year)
-        if found is not None:
-            return found
-        close = nearest_names(text, [*self._by_title, *self.numbers])
-        offered = [self.title(self._by_title.get(name, self.numbers.get(name, 0))) for name in close]
-        hint = f"; did you mean {' or '.join(map(repr, offered))}?" if offered else ""
-        raise DataError(f"{self.dataset_name!r} has no item with the id or title {text!r}{hint}")
+        if text in self.numbers:
+            return self.numbers[text]
+        asked = text.casefold()
+        found = self._by_title.get(asked) or self._without_year.get(asked) or self._by_title.get(_bare(asked))
+        if found is None:
+            close = nearest_names(text, [*self._by_title, *self.numbers])
+            offered = [self.named(number) for name in close for number in self._by_title.get(name, ())]
+            offered += [self.named(self.numbers[name]) for name in close if name in self.numbers]
+            hint = f"; did you mean {' or '.join(map(repr, offered[:5]))}?" if offered else ""
+            raise DataError(f"{self.dataset_name!r} has no item with the id or title {text!r}{hint}")
+        if len(found) > 1:
+            each = ", ".join(f"{self.named(n)} of {int(self.popularity[n])} users" for n in found)
+            raise DataError(f"{text!r} is the title of {len(found)} items of {self.dataset_name!r}: {each}; give an id")
+        return found[0]
 
     @cached_property
-    def _by_title(self) -> dict[str, int]:
-        return {title.lower(): number for number, title in enumerate(self.titles) if title}
+    def _by_title(self) -> dict[str, list[int]]:
+        return _gathered((title.casefold(), number) for number, title in enumerate(self.titles) if title)
 
-    def title(self, number: int) -> str:
-        """What to call an item: its title, or its id where it has none."""
-        return self.titles[number] or self.tokens[number]
+    @cached_property
+    def _without_year(self) -> dict[str, list[int]]:
+        return _gathered((_bare(title), n) for title, own in self._by_title.items() for n in own)
+
+    def named(self, number: int) -> str:
+        """An item's title and id, since several items may have one title."""
+        return f"{self.titles[number]} [{self.tokens[number]}]" if self.titles[number] else self.tokens[number]
+
+
+def _bare(title: str) -> str:
+    return re.sub(r"\s*\(\d{4}\)$", "", title)
+
+
+def _gathered(pairs: Iterable[tuple[str, int]]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for name, number in pairs:
+        found.setdefault(name, []).append(number)
+    return found
 
 
 def repeats_of(dataset: Any) -> float | None:

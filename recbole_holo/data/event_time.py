@@ -85,6 +85,12 @@ def event_time(config: Any) -> str | None:
     return kind
 
 
+def since_latest(times: np.ndarray) -> np.ndarray:
+    """Of a history's ``times [n]`` as they arrived, nan = unknown, what each reads: how long after the latest before it
+    it came; below 0 for a late one, nan where nothing is known."""
+    return times - np.r_[np.nan, np.fmax.accumulate(times)[:-1]] if len(times) else times
+
+
 class Gaps(NamedTuple):
     """The times around events, of any shape: float64, since float32 has a grid of 128 s in Unix seconds."""
 

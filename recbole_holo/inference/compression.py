@@ -97,7 +97,7 @@ class BoundWhenRead(nn.Module):
 
 
 @torch.no_grad()
-def compress(model: Any, wanted: Compression, histories: Tensor | None = None) -> Any:
+def compress(model: Any, wanted: Compression, histories: Tensor | None = None, gaps: Tensor | None = None) -> Any:
     """A copy of a trained model of this package that scores as it does from fewer bytes, and cannot be trained.
 
     The tables stay compressed in memory; the encoder's weights, which are few, are floats again when they are used, of
@@ -105,16 +105,17 @@ def compress(model: Any, wanted: Compression, histories: Tensor | None = None) -
 
     Args:
         histories: ``[B, L]``, pads on the right; what states are judged by, needed for ``wanted.states``.
+        gaps: ``[B, L]``, what a model with ``event_time`` reads of their times, a batch's ``gap_list``.
 
     Raises:
-        ConfigError: states of a model without Mamba-1 blocks, or without histories.
+        ConfigError: states of a model without Mamba-1 blocks, without histories, or without the times that it reads.
     """
     model = copy.deepcopy(model).eval()
     served = ServedItems(model, wanted)
     if wanted.states is not None:
         if histories is None:
             raise ConfigError("states", wanted.states, "histories say which to keep: pass some")
-        truncate_states(model, histories, wanted.states, wanted.criterion)
+        truncate_states(model, histories, wanted.states, wanted.criterion, gaps)
     model.unfold()
     model.item_embedding = nn.Embedding(1, 1)  # nothing reads it any more
     model.binding = model.head = None
@@ -127,7 +128,8 @@ def compress(model: Any, wanted: Compression, histories: Tensor | None = None) -
 
 def restored(model: Any, wanted: Compression, saved: dict[str, Any]) -> Any:
     """The compressed model, from a new one of its class and settings and what :func:`stored` gave."""
-    small = compress(model.cpu(), wanted, torch.ones(1, 1, dtype=torch.long))  # of states only the number counts
+    one = torch.ones(1, 1, dtype=torch.long)
+    small = compress(model.cpu(), wanted, one, one)  # of states only the number counts
     like = small.state_dict()
     values = {n: _read(value, wanted.weight_bits, like[n]) for n, value in saved.items()}
     small.load_state_dict(values)
@@ -172,7 +174,9 @@ def _read(value: Any, bits: int, like: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------- states
 @torch.no_grad()
-def truncate_states(model: nn.Module, histories: Tensor, keep: int, criterion: str = "energy") -> None:
+def truncate_states(
+    model: Any, histories: Tensor, keep: int, criterion: str = "energy", gaps: Tensor | None = None
+) -> None:
     """Leaves each Mamba-1 block of ``model`` the ``keep`` of its N states that matter most, in place.
 
     State n of all channels of a block goes or stays: B and C are shared by the channels. ``energy`` is the mean square
@@ -183,9 +187,10 @@ def truncate_states(model: nn.Module, histories: Tensor, keep: int, criterion: s
     Args:
         histories: ``[B, L]``, pads on the right.
         keep: at least 1.
+        gaps: ``[B, L]``, what a model with ``event_time`` reads of the histories' times, a batch's ``gap_list``.
 
     Raises:
-        ConfigError: no Mamba-1 block, or more states to keep than there are.
+        ConfigError: no Mamba-1 block, more states to keep than there are, or no times of a model that reads them.
     """
     blocks = [module for module in model.modules() if isinstance(module, Mamba)]
     if not blocks:
@@ -194,13 +199,20 @@ def truncate_states(model: nn.Module, histories: Tensor, keep: int, criterion: s
         raise ConfigError("criterion", criterion, f"use {' or '.join(CRITERIA)}")
     if not 1 <= keep <= min(block.d_state for block in blocks):
         raise ConfigError("states", keep, f"use 1 to {min(block.d_state for block in blocks)}")
+    if model.event_time is not None and (gaps is None or gaps.shape != histories.shape):
+        shape = None if gaps is None else tuple(gaps.shape)
+        raise ConfigError("gaps", shape, "the model reads times: pass the histories' gap_list, of their shape")
     seen: dict[Mamba, Tensor] = {}
     hooks = [b.register_forward_hook(lambda b, given, _: seen.__setitem__(b, given[0])) for b in blocks]
-    model.hidden_states(histories)  # type: ignore[operator]
+    _, layout = model.token_states(histories, **({} if model.event_time is None else {"gaps": gaps}))
     for hook in hooks:
         hook.remove()
+    lengths = (histories > 0).sum(1)
+    if layout is not None:  # bundles of events
+        lengths = layout.token_of.masked_fill(histories == 0, -1).amax(1) + 1
     for block in blocks:
-        worth = state_worth(block, seen[block], histories > 0, criterion)
+        valid = torch.arange(seen[block].shape[1], device=lengths.device) < lengths.unsqueeze(-1)
+        worth = state_worth(block, seen[block], valid, criterion)
         _keep_states(block, worth.topk(keep).indices.sort().values)
 
 

@@ -7,7 +7,8 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from logging import getLogger
 from typing import Any, NamedTuple
 
@@ -19,13 +20,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recbole_holo.data.catalogue import Catalogue
-from recbole_holo.data.event_time import GapBuckets
+from recbole_holo.data.event_time import GapBuckets, since_latest
+from recbole_holo.data.ids import UNITS, as_count, as_id, as_ids, as_list, as_time
 from recbole_holo.errors import ConfigError
 from recbole_holo.explain import readings_of
 from recbole_holo.inference.compression import Compression, compress
 from recbole_holo.inference.records import Codec, Record, StateError, check_finite, event_key
 from recbole_holo.inference.retrieval import FaissIndex, best_of, top_items
-from recbole_holo.inference.stores import MemoryStore, StateStore, StoreError
+from recbole_holo.inference.stores import Conflict, MemoryStore, StateStore
 from recbole_holo.layers.event_time import EventTime
 from recbole_holo.model.stepping import State, Stepping
 
@@ -33,24 +35,35 @@ LATE = ("append", "skip")
 EVENT_IDS = 64  # of a user's latest events that a repeated one is looked for among
 TOGETHER = 32  # events of one user that are read in one pass
 POSITIONS = 2**17  # of histories that are encoded at a time
+ATTEMPTS = 5  # at a state that another process stores, too
 REPEATED = 0.05  # part of the training targets from which on items are taken to be met again
 
 
 @dataclass(frozen=True)
 class Event:
-    """A user and an item, by their ids.
+    """A user and an item, by their ids: strings, or whole numbers, which are the strings of their digits.
 
     Args:
-        timestamp: any numbers that grow with time; None = now, whatever the events before had. A model with
-            ``event_time`` reads it, and needs it in the data set's own unit; None tells it that nothing is known of the
-            time since the event before.
-        id: of the event; one that the user's latest 64 events have changes nothing.
+        timestamp: any numbers that grow with time, or datetimes (``time_unit`` of the recommender says what they count
+            in); None = now, whatever the events before had. A model with ``event_time`` reads it, and needs it in the
+            data set's own unit; None tells it that nothing is known of the time since the event before.
+        id: of the event, a string or a whole number; one that the user's latest 64 events have changes nothing.
+
+    Raises:
+        ConfigError: what is no id or no time, see docs/serving.md.
     """
 
     user: str
     item: str
-    timestamp: float | None = None
+    timestamp: float | datetime | np.datetime64 | None = None
     id: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "user", as_id(self.user, "user"))
+        object.__setattr__(self, "item", as_id(self.item, "item"))
+        if self.id is not None:
+            object.__setattr__(self, "id", as_id(self.id, "event_id"))
+        as_time(self.timestamp)
 
 
 class Suggestion(NamedTuple):
@@ -69,12 +82,14 @@ class Recommendations:
     Attributes:
         basis: ``history``; or ``popularity`` where nothing is known of the user: the items that most users have.
         unknown: items of the given history that the model does not know, and left out.
+        problem: why the user's state cannot be used, where it cannot, and what to do; "" where it can.
     """
 
     suggestions: list[Suggestion]
     basis: str = "history"
     user: str | None = None
     unknown: list[str] = field(default_factory=list)
+    problem: str = ""
 
     @property
     def items(self) -> list[str]:
@@ -106,10 +121,22 @@ class _History(NamedTuple):
     time: float  # of the latest, nan = unknown
 
 
+class _Wanted(NamedTuple):
+    """Of a list of recommendations."""
+
+    k: int
+    exclude_seen: bool
+    candidates: np.ndarray | None  # numbers, each once
+    why: bool
+
+
 class Recommender:
     """Keeps a state of constant size for each user, and answers from it.
 
-    Thread-safe: calls may come from several threads; updates take turns.
+    Thread-safe: calls may come from several threads, and of several recommenders; updates of one take turns.
+
+    **Ids** are strings; a whole number is the string of its digits, whatever store there is. What is no id, no time or
+    no list is a ConfigError before anything is stored (docs/serving.md has the table).
 
     **Unknown items** are skipped and reported, never guessed. **Unknown users** are recommended what most users have,
     and the answer says so. Items that have no event in the training data are recommended by their attributes where the
@@ -139,9 +166,10 @@ class Recommender:
         remember: items, see above.
         late: ``append`` or ``skip``.
         index: None = exact; or an index for a large catalogue.
+        time_unit: what a datetime is counted in, s, ms, us, ns, m, h or D: that of the data set's times.
 
-    A store with states of another model, version or layout is not touched: ``stale`` is True then, and what needs a
-    state raises a StoreError until :meth:`rebuild`.
+    A store with states of another model, version or layout is not touched, also where another process made it so
+    meanwhile: ``stale`` is True then, and what needs a state raises a StoreError until :meth:`rebuild`.
 
     Raises:
         ConfigError: a model without a state, one that reads the time of the request, or a setting that cannot be used.
@@ -156,14 +184,16 @@ class Recommender:
         remember: int = 1000,
         late: str = "append",
         index: FaissIndex | None = None,
+        time_unit: str = "s",
     ) -> None:
         if not isinstance(model, Stepping):
             remedy = "it reads the whole history for every answer; HoloMambaRec, Hydra, RecMamba and Mamba4Rec do not"
             raise ConfigError("model", type(model).__name__, remedy)
         if late not in LATE:
             raise ConfigError("late", late, f"use {' or '.join(LATE)}")
-        if remember < 0:
-            raise ConfigError("remember", remember, "use 0 or more items")
+        as_count(remember, "remember", 0)
+        if time_unit not in UNITS:
+            raise ConfigError("time_unit", time_unit, f"use {', '.join(UNITS)}")
         self.model: Any = model.eval()
         self.catalogue = Catalogue.of(items)
         self._buckets = self._gap_buckets()
@@ -172,15 +202,18 @@ class Recommender:
         self.version = self._version(storage)
         leaves = not isinstance(self.store, MemoryStore)
         self.codec = Codec(model.state_layout(), storage, checked=leaves, version=self.version)
-        self.remember, self.late, self.index = remember, late, index
+        self.remember, self.late, self.index, self.time_unit = int(remember), late, index, time_unit
         self.excludes_seen = bool(model.excludes_seen) or (self.catalogue.repeats or 0.0) < REPEATED
         getLogger("recbole_holo").info("%s", self.about_seen_items())
         self._device = next(model.parameters()).device
         self._popular = self.catalogue.popularity[1:].argsort(descending=True, stable=True).numpy() + 1
         self._lock = threading.RLock()
-        self.stale = self.store.version not in (None, self.version)
-        if self.store.version is None:
-            self.store.replace(self.version, ())
+        self.store.begin(self.version)
+
+    @property
+    def stale(self) -> bool:
+        """Whether the store holds states of another version."""
+        return self.store.version != self.version
 
     def _gap_buckets(self) -> GapBuckets | None:
         """In which the model reads the time between events, if it does."""
@@ -241,12 +274,13 @@ class Recommender:
         return f"items that a user has are {verb}: {why}"
 
     # ------------------------------------------------------------------ events in
-    def update(self, user: str, item: str, timestamp: float | None = None, event_id: str | None = None) -> str:
-        """One event. Returns what became of it: ``applied``, ``late`` (and applied), ``skipped: late``,
+    def update(self, user: str, item: str, timestamp: Any = None, event_id: str | None = None) -> str:
+        """One :class:`Event`. Returns what became of it: ``applied``, ``late`` (and applied), ``skipped: late``,
         ``skipped: repeated`` or ``skipped: unknown item``. When this returns, the state is stored.
 
         Raises:
-            StateError: the user's state is damaged.
+            ConfigError: what is no id or no time; nothing is stored.
+            StateError: the user's state is damaged, or of another version.
             StoreError: it could not be stored; the state is as before.
         """
         return self._apply([Event(user, item, timestamp, event_id)])[0]
@@ -255,9 +289,19 @@ class Recommender:
         """Events in the order given, in batches of ``batch_size``, each stored at once: how many became what.
 
         The events of a user whose state is damaged are left out as ``skipped: damaged state``, and the log says whose.
+
+        Raises:
+            ConfigError: something is no :class:`Event`; of a list before anything is stored, else with the batches
+                before it stored.
         """
+        as_count(batch_size, "batch_size", of="events")
+        if isinstance(events, Sequence):
+            _check_events(events)
+        elif not isinstance(events, Iterable):
+            raise ConfigError("events", events, f"it is one value, not a list of them: [{events!r}]")
         outcomes: Counter[str] = Counter()
         for batch in _batches(tqdm(events, desc="events", unit="event", disable=not show_progress), batch_size):
+            _check_events(batch)
             outcomes.update(self._apply_sound(batch))
         return outcomes
 
@@ -266,22 +310,36 @@ class Recommender:
         histories: Iterable[tuple[str, Sequence[str]] | tuple[str, Sequence[str], Sequence[float]]],
         total: int | None = None,
         show_progress: bool = True,
+        keep_others: bool = False,
     ) -> Counter[str]:
         """States from whole histories ``(user, items in the order of time)``, or with their times ``(user, items,
         timestamps)``, encoded in parallel, in the place of all states in the store; until all are made, the store is as
-        before.
+        before. What other processes apply meanwhile is replaced with the rest.
+
+        With ``keep_others`` only these users' states are replaced, some thousands at a time.
 
         Histories have no event ids, so that what comes next repeats nothing: leave out what will be sent again. Without
         times what comes next is late for nobody, and a model with ``event_time`` knows of no time.
 
         Returns:
             how many events were ``applied``, and ``skipped: unknown item``.
+
+        Raises:
+            ConfigError: something is no history, or a user is there twice.
+            StoreError: another process began to rebuild meanwhile; or with ``keep_others``, the store is of another
+                version.
         """
         outcomes: Counter[str] = Counter()
         bar = tqdm(histories, desc="histories", unit="user", total=total, disable=not show_progress)
+        known: set[str] = set()
+        made = (self._encoded(part, known, outcomes) for part in _batches(bar, 4096))
         with self._lock:
-            self.store.replace(self.version, (self._encoded(part, outcomes) for part in _batches(bar, 4096)))
-            self.stale = False
+            if not keep_others:
+                self.store.replace(self.version, made)
+                return outcomes
+            for records in made:
+                with self.store.holding(list(records)):
+                    self.store.put(records, self.version)
         return outcomes
 
     # ------------------------------------------------------------------ recommendations out
@@ -289,57 +347,60 @@ class Recommender:
         self,
         user: str | None = None,
         k: int = 10,
-        history: Sequence[str] | None = None,
+        history: Iterable[str] | None = None,
         exclude_seen: bool | None = None,
-        candidates: Sequence[str] | None = None,
+        candidates: Iterable[str] | None = None,
         why: bool = False,
-        timestamps: Sequence[float] | None = None,
+        timestamps: Iterable[Any] | None = None,
     ) -> Recommendations:
         """The k best items for a user whose events came before, or for a history of items, oldest first.
 
         Args:
-            timestamps: of the history's events, for a model with ``event_time``.
+            timestamps: of the history's events, each as an :class:`Event` has it, for a model with ``event_time``.
             exclude_seen: leave out what the user has (of a stored user, the latest ``remember`` items); None: as the
                 model was trained, :attr:`excludes_seen`.
-            candidates: only these.
+            candidates: only these; one that is there twice counts once.
             why: with what each item has of what the state holds most strongly (models with bound attributes).
 
         Raises:
-            DataError: a candidate that the model does not know; neither a user nor a history.
-            StateError: the user's state is damaged.
+            ConfigError: neither a user nor a history, or both; what is no id, no list or no number of items.
+            DataError: a candidate that the model does not know.
+            StateError: the user's state is damaged, or of another version.
+            StoreError: the store cannot be read, or is of another version.
         """
         if (user is None) == (history is None):
             raise ConfigError("user, history", (user, history), "give one of the two")
+        wanted = self._wanted(k, exclude_seen, candidates, why)
         if history is None:
-            assert user is not None
-            return self.recommend_many([user], k, exclude_seen, candidates, why)[0]
-        unknown = [item for item in history if item not in self.catalogue.numbers]
-        known = self._known(history, timestamps)
-        seen = known.items
-        hidden = self._hidden_of([known])
-        return self._answer([None], hidden, [seen], [len(seen) > 0], k, exclude_seen, candidates, why, unknown)[0]
+            (answer,), problems = self._recommend_users([as_id(user, "user")], wanted)
+            for error in problems.values():
+                raise error
+            return answer
+        items = as_ids(history, "history", ordered=True)
+        unknown = [item for item in items if item not in self.catalogue.numbers]
+        known = self._known(items, timestamps)
+        (answer,) = self._answer([None], self._hidden_of([known]), [known.items], [len(known.items) > 0], wanted)
+        return replace(answer, unknown=unknown)
 
     def recommend_many(
         self,
-        users: Sequence[str],
+        users: Iterable[str],
         k: int = 10,
         exclude_seen: bool | None = None,
-        candidates: Sequence[str] | None = None,
+        candidates: Iterable[str] | None = None,
         why: bool = False,
     ) -> list[Recommendations]:
-        """As :meth:`recommend`, of many users in one pass."""
-        self._refuse_stale()
-        records = [self._decoded(data, user) for data, user in zip(self.store.get(users), users, strict=True)]
-        d = self.model.hidden_size
-        numbers = np.zeros((len(users), d), dtype=np.float32)
-        for row, record in zip(numbers, records, strict=True):
-            if record is not None:
-                row[:] = record.numbers[:d]
-        check_finite(numbers, users, "in the store")
-        seen = [np.zeros(0, np.int32) if record is None else record.seen for record in records]
-        known = [record is not None and record.events > 0 for record in records]
-        hidden = torch.from_numpy(numbers).to(self._device)
-        return self._answer(users, hidden, seen, known, k, exclude_seen, candidates, why, [])
+        """As :meth:`recommend`, of many users in one pass.
+
+        A user whose state is damaged or of another version is recommended what most users have, and ``.problem`` of
+        that answer says so, as does the log.
+        """
+        users = as_ids(users, "users")
+        answers, problems = self._recommend_users(users, self._wanted(k, exclude_seen, candidates, why))
+        for error in problems.values():
+            getLogger("recbole_holo").error("%s", error)
+        both = zip(users, answers, strict=True)
+        return [replace(one, problem=str(problems[u])) if u in problems else one for u, one in both]
 
     def similar_items(self, item: str, k: int = 10) -> list[Suggestion]:
         """The items whose vectors point most nearly where this item's does (cosine).
@@ -347,7 +408,8 @@ class Recommender:
         Raises:
             DataError: no such item.
         """
-        number = self.catalogue.number(item)
+        number = self.catalogue.number(as_id(item, "item"))
+        k = as_count(k, "k")
         with torch.no_grad():
             table = F.normalize(self.model.item_vectors(), dim=-1)
             cosines = table @ table[number]
@@ -356,32 +418,44 @@ class Recommender:
         return [self._suggestion(*pair) for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
     def forget(self, users: Iterable[str]) -> None:
-        """Deletes all that is kept of users."""
+        """Deletes all that is kept of users, whatever version it is of."""
+        gone = as_ids(users, "users")
         with self._lock:
-            self.store.delete(users)
+            self.store.delete(gone)
 
     # ------------------------------------------------------------------ inside: events
     def _apply_sound(self, events: Sequence[Event]) -> list[str]:
         """:meth:`_apply` without the users whose states cannot be used."""
-        try:
-            return self._apply(events)
-        except StateError as error:  # nothing of this batch is stored yet
-            damaged = error.user
-            getLogger("recbole_holo").error("%s", error)
-        others = iter(self._apply_sound([event for event in events if event.user != damaged]))
-        return ["skipped: damaged state" if event.user == damaged else next(others) for event in events]
+        damaged: set[str] = set()
+        while True:
+            try:
+                done = iter(self._apply([event for event in events if event.user not in damaged]))
+                break
+            except StateError as error:  # nothing of this batch is stored yet
+                damaged.add(error.user)
+                getLogger("recbole_holo").error("%s", error)
+        return ["skipped: damaged state" if event.user in damaged else next(done) for event in events]
 
     def _apply(self, events: Sequence[Event]) -> list[str]:
-        self._refuse_stale()
         users = list(dict.fromkeys(event.user for event in events))
-        with self._lock, self.store.holding(users):
-            stored = zip(self.store.get(users), users, strict=True)
-            records = {user: self._decoded(data, user) or self._empty() for data, user in stored}
+        with self._lock:
+            for attempt in range(ATTEMPTS):
+                try:
+                    return self._apply_to(users, events)
+                except Conflict:
+                    if attempt == ATTEMPTS - 1:
+                        raise
+        raise AssertionError  # pragma: no cover
+
+    def _apply_to(self, users: Sequence[str], events: Sequence[Event]) -> list[str]:
+        with self.store.holding(users):
+            stored = dict(zip(users, self.store.get(users, self.version), strict=True))
+            records = {user: self._decoded(data, user) or self._empty() for user, data in stored.items()}
             new: dict[str, list[tuple[int, float]]] = {}
             outcomes = [self._outcome(event, records[event.user], new) for event in events]
             if new:
                 self._read({user: records[user] for user in new}, list(new.values()))
-                self.store.put({user: self.codec.encode(records[user]) for user in new})
+                self.store.put({user: self.codec.encode(records[user]) for user in new}, self.version, stored)
         return outcomes
 
     def _outcome(self, event: Event, record: Record, new: dict[str, list[tuple[int, float]]]) -> str:
@@ -393,15 +467,16 @@ class Recommender:
         key = None if event.id is None else event_key(event.id)
         if key is not None and (record.ids == key).any():
             return "skipped: repeated"
-        late = event.timestamp is not None and event.timestamp < record.time  # never so of nan
+        time = as_time(event.timestamp, self.time_unit)
+        late = time is not None and time < record.time  # never so of nan
         if late and self.late == "skip":
             return "skipped: late"
         if key is not None:
             record.ids = np.append(record.ids[1 - EVENT_IDS :], key)
-        since = float("nan") if event.timestamp is None else float(event.timestamp) - record.time
-        if event.timestamp is not None and not late:
-            record.time = float(event.timestamp)
-        if event.timestamp is None and self._buckets is not None:
+        since = np.nan if time is None else time - record.time
+        if time is not None and not late:
+            record.time = time
+        if time is None and self._buckets is not None:
             self._tell_of_times()
         record.seen = _with(record.seen, number, self.remember)
         new.setdefault(event.user, []).append((number, since))
@@ -462,11 +537,17 @@ class Recommender:
     def _decoded(self, data: bytes | None, user: str) -> Record | None:
         return None if data is None else self.codec.decode(data, user)
 
-    def _encoded(self, histories: Sequence[Any], outcomes: Counter[str]) -> dict[str, bytes]:
-        """Records of whole histories, those of like lengths together."""
+    def _encoded(self, histories: Sequence[Any], users_before: set[str], outcomes: Counter[str]) -> dict[str, bytes]:
+        """Records of whole histories, those of like lengths together; adds their users to ``users_before``."""
         known: dict[str, _History] = {}
-        for user, items, *times in histories:
-            known[user] = self._known(items, *times)
+        for history in histories:
+            if not isinstance(history, (tuple, list)) or len(history) not in (2, 3):
+                raise ConfigError("histories", history, "use (user, items) or (user, items, timestamps) for each")
+            user, items = as_id(history[0], "user"), as_ids(history[1], "history", ordered=True)
+            if user in users_before:
+                raise ConfigError("histories", user, "the user is there twice: give all events in one history")
+            users_before.add(user)
+            known[user] = self._known(items, *history[2:])
             outcomes["applied"] += len(known[user].items)
             outcomes["skipped: unknown item"] += len(items) - len(known[user].items)
         made: dict[str, bytes] = {}
@@ -478,18 +559,18 @@ class Recommender:
                 made[user] = self.codec.encode(record)
         return made
 
-    def _known(self, items: Sequence[str], timestamps: Sequence[float] | None = None) -> _History:
+    def _known(self, items: Sequence[str], timestamps: Iterable[Any] | None = None) -> _History:
         """A history without the items that the model does not know."""
-        if timestamps is None and self._buckets is not None and len(items):
-            self._tell_of_times()
-        times = np.full(len(items), np.nan) if timestamps is None else np.asarray(timestamps, dtype=np.float64)
-        if len(times) != len(items):
-            raise ConfigError("timestamps", len(times), f"give one for each of the {len(items)} items")
+        if timestamps is None:
+            if self._buckets is not None and len(items):
+                self._tell_of_times()
+            timestamps = [None] * len(items)
+        given = [as_time(time, self.time_unit) for time in as_list(timestamps, "timestamps", ordered=True)]
+        if len(given) != len(items):
+            raise ConfigError("timestamps", len(given), f"give one for each of the {len(items)} items")
         numbers = np.array([self.catalogue.numbers.get(item, 0) for item in items], dtype=np.int32)
-        times = times[numbers > 0]
-        return _History(
-            numbers[numbers > 0], np.diff(times, prepend=np.nan), float(times[-1]) if len(times) else np.nan
-        )
+        times = np.array([np.nan if time is None else time for time in given])[numbers > 0]
+        return _History(numbers[numbers > 0], since_latest(times), float(np.fmax.reduce(times, initial=np.nan)))
 
     def _encode(self, histories: Sequence[_History]) -> State:
         items, gaps = self._batch(histories)
@@ -499,6 +580,33 @@ class Recommender:
         return self.model.last_hidden(self._encode(histories))
 
     # ------------------------------------------------------------------ inside: answers
+    def _wanted(self, k: int, exclude_seen: bool | None, candidates: Iterable[str] | None, why: bool) -> _Wanted:
+        numbers = None
+        if candidates is not None:
+            numbers = np.unique([self.catalogue.number(item) for item in as_ids(candidates, "candidates")]).astype(int)
+        if exclude_seen not in (None, False, True):
+            raise ConfigError("exclude_seen", exclude_seen, "use True, False or None")
+        return _Wanted(
+            as_count(k, "k"), self.excludes_seen if exclude_seen is None else bool(exclude_seen), numbers, why
+        )
+
+    def _recommend_users(
+        self, users: Sequence[str], wanted: _Wanted
+    ) -> tuple[list[Recommendations], dict[str, StateError]]:
+        """Answers, and of the users whose states cannot be used why."""
+        numbers = np.zeros((len(users), self.model.hidden_size), dtype=np.float32)
+        seen, known, problems = [np.zeros(0, np.int32)] * len(users), [False] * len(users), {}
+        for i, (user, data) in enumerate(zip(users, self.store.get(users, self.version), strict=True)):
+            try:
+                record = self._decoded(data, user)
+                if record is not None and record.events:
+                    row = record.numbers[: numbers.shape[1]]
+                    check_finite(row[None], [user], "in the store")
+                    numbers[i], seen[i], known[i] = row, record.seen, True
+            except StateError as error:
+                problems[user] = error
+        return self._answer(users, torch.from_numpy(numbers).to(self._device), seen, known, wanted), problems
+
     @torch.no_grad()
     def _answer(
         self,
@@ -506,32 +614,25 @@ class Recommender:
         hidden: Tensor,
         seen: Sequence[np.ndarray],
         known: Sequence[bool],
-        k: int,
-        exclude_seen: bool | None,
-        candidates: Sequence[str] | None,
-        why: bool,
-        unknown: list[str],
+        wanted: _Wanted,
     ) -> list[Recommendations]:
-        if k < 1:
-            raise ConfigError("k", k, "use 1 or more items")
-        exclude_seen = self.excludes_seen if exclude_seen is None else exclude_seen
-        excluded = seen if exclude_seen else [seen_by[:0] for seen_by in seen]
+        k, candidates = wanted.k, wanted.candidates
+        excluded = seen if wanted.exclude_seen else [seen_by[:0] for seen_by in seen]
         if candidates is None:
             found = top_items(self.model, hidden, k, excluded, self.index)
         else:
-            numbers = np.array([self.catalogue.number(item) for item in candidates], dtype=np.int64)
-            left = [torch.from_numpy(numbers[~np.isin(numbers, gone)]).to(self._device) for gone in excluded]
+            left = [torch.from_numpy(candidates[~np.isin(candidates, gone)]).to(self._device) for gone in excluded]
             found = [best_of(self.model, row, k, own) for row, own in zip(hidden, left, strict=True)]
         answers = []
         for row, (user, (items, scores)) in enumerate(zip(users, found, strict=True)):
             if not known[row]:
-                popular = self._popular if candidates is None else self._popular[np.isin(self._popular, numbers)]
+                popular = self._popular if candidates is None else self._popular[np.isin(self._popular, candidates)]
                 items = popular[:k].tolist()
                 scores = self.catalogue.popularity[items].tolist()
-            reasons = self._reasons(hidden[row], items) if why and known[row] else [""] * len(items)
+            reasons = self._reasons(hidden[row], items) if wanted.why and known[row] else [""] * len(items)
             basis = "history" if known[row] else "popularity"
             suggestions = [self._suggestion(*each) for each in zip(items, scores, reasons, strict=True)]
-            answers.append(Recommendations(suggestions, basis, user, unknown))
+            answers.append(Recommendations(suggestions, basis, user))
         return answers
 
     def _suggestion(self, number: int, score: float, why: str = "") -> Suggestion:
@@ -563,12 +664,11 @@ class Recommender:
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _refuse_stale(self) -> None:
-        if self.stale:
-            raise StoreError(
-                f"the store holds states of version {self.store.version}, this model's are {self.version} (another "
-                "checkpoint, bundle size or storage): call rebuild() with the users' histories, or use another store"
-            )
+
+def _check_events(events: Sequence[Any]) -> None:
+    for event in events:
+        if not isinstance(event, Event):
+            raise ConfigError("events", event, "it is no Event: use Event(user, item, timestamp, id)")
 
 
 def _with(seen: np.ndarray, item: int, most: int) -> np.ndarray:

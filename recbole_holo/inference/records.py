@@ -27,7 +27,9 @@ class StateError(RuntimeError):
     """A user's state that cannot be used: whose, why, and what to do. Nothing else is touched by it."""
 
     def __init__(self, user: str, problem: str) -> None:
-        super().__init__(f"the state of user {user!r} {problem}: rebuild it from the history")
+        super().__init__(
+            f"the state of user {user!r} {problem}: rebuild it from the history (Recommender.rebuild, keep_others)"
+        )
         self.user = user
 
 

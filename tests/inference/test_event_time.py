@@ -13,7 +13,8 @@ import torch
 
 from recbole_holo.data.event_time import GapBuckets
 from recbole_holo.errors import ConfigError
-from recbole_holo.inference.compression import Compression
+from recbole_holo.explain import explain
+from recbole_holo.inference.compression import Compression, compress
 from recbole_holo.inference.recommender import Event, Recommender
 from recbole_holo.quick_start import compress_checkpoint, load_data_and_model, run
 from recbole_holo.recommend import main
@@ -148,3 +149,59 @@ def test_a_checkpoint_has_all_that_serving_needs(
     best = recommender.recommend(user, k=1, exclude_seen=False).suggestions[0]
     assert f"{best.score:.3f}" in capsys.readouterr().out
     assert main([*asked, "noon"]) == 2
+
+
+def test_histories_are_explained_with_their_times(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a history holds was read as if nothing were known of its times."""
+    model, catalogue = timed("HoloMambaRec", binding="role", binding_algebra="unitary", bind_output=True)
+    items, times = ["i1", "i2", "i3"], [START, START + 1, START + 1e6]
+    seen, forward = [], model.forward
+    model.forward = lambda *given, **times: seen.append(times.get("gaps")) or forward(*given, **times)
+    found = [explain(model, catalogue, history=items, timestamps=given) for given in (None, times, (t for t in times))]
+    gaps = BUCKETS(np.array([np.nan, 1.0, 1e6 - 1])).tolist()
+    assert [None if one is None else one.tolist() for one in seen] == [None, [gaps], [gaps]]
+    assert found[0] != found[1] == found[2]
+    for wrong in ([1.0], [1.0, 2.0, "3"], "123"):
+        with pytest.raises(ConfigError, match="timestamp"):
+            explain(model, catalogue, history=items, timestamps=wrong)
+
+
+def test_states_are_judged_with_the_histories_times() -> None:
+    """Which states matter most was judged by what no history reads."""
+    model, _ = timed("RecMamba")
+    rng = np.random.default_rng(0)
+    histories, gaps = (torch.from_numpy(rng.integers(1, high, (6, 9))) for high in (N_ITEMS, 12))
+    with pytest.raises(ConfigError, match="gaps: None cannot be used: the model reads times"):
+        compress(model, Compression(states=3), histories)
+    read: list[torch.Tensor] = []
+    hidden_states = type(model).hidden_states
+
+    def watched(self: Any, items: torch.Tensor, *given: Any, **times: Any) -> torch.Tensor:
+        read.append(times["gaps"])
+        return hidden_states(self, items, *given, **times)
+
+    type(model).hidden_states = watched
+    try:
+        compress(model, Compression(32, 32, states=3), histories, gaps)
+    finally:
+        type(model).hidden_states = hidden_states
+    assert read[0].equal(gaps)
+
+
+@pytest.mark.parametrize("late", ["append", "skip"])
+def test_a_rebuilt_history_is_read_as_its_events_were(late: str) -> None:
+    """Events without a time and late ones among the others: a rebuilt user read other gaps than one who streamed in,
+    and the next event others again."""
+    model, catalogue = timed()
+    items, times = ["i1", "i2", "i3", "i4", "i5"], [START, None, START + 60, START + 2, START + 61]
+    streamed, rebuilt = (Recommender(model, catalogue) for _ in range(2))
+    for item, timestamp in zip(items, times, strict=True):
+        streamed.update("a", item, timestamp)
+    rebuilt.rebuild([("a", items, times)], show_progress=False)
+    one, other = (r.codec.decode(r.store.get(["a"])[0], "a") for r in (streamed, rebuilt))
+    np.testing.assert_allclose(other.numbers, one.numbers, rtol=1e-3, atol=1e-4)
+    assert other.time == one.time == START + 61
+    short = Recommender(model, catalogue, late=late)
+    short.rebuild([("a", items[:4], times[:4])], show_progress=False)
+    assert short.codec.decode(short.store.get(["a"])[0], "a").time == START + 60
+    assert short.update("a", "i6", START + 30).endswith("late")

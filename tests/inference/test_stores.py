@@ -15,25 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from recbole_holo.inference import MemoryStore, Recommender, RedisStore, SQLiteStore, StateStore, StoreError
+from recbole_holo.errors import ConfigError
+from recbole_holo.inference import Event, Recommender, RedisStore, SQLiteStore, StoreError
+from recbole_holo.inference.stores import Conflict, OtherVersion, Superseded
 
-from .conftest import N_ITEMS, served
-
-Make = Callable[[], StateStore]
-
-
-@pytest.fixture(params=["memory", "sqlite", "redis"])
-def make(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
-    """A function that opens the same store again, as another process would."""
-    if request.param == "memory":
-        store = MemoryStore()
-        return lambda: store
-    if request.param == "sqlite":
-        return lambda: SQLiteStore(tmp_path / "states.db")
-    import fakeredis
-
-    server = fakeredis.FakeServer()
-    return lambda: RedisStore(fakeredis.FakeRedis(server=server))
+from .conftest import N_ITEMS, Make, served
 
 
 def test_records_are_kept(make: Make) -> None:
@@ -92,11 +78,8 @@ def test_holding_users_may_be_read_and_written(make: Make) -> None:
     assert make().get(["a"]) == [b"2"]
 
 
-def test_two_processes_on_one_user_of_redis() -> None:
-    import fakeredis
-
-    server = fakeredis.FakeServer()
-    one, other = (RedisStore(fakeredis.FakeRedis(server=server), patience=0.2) for _ in range(2))
+def test_two_processes_on_one_user_of_redis(make_redis: Make) -> None:
+    one, other = (make_redis(patience=0.2) for _ in range(2))
     one.replace("v1", ())
     with one.holding(["a"]):
         with other.holding(["b"]):
@@ -105,6 +88,185 @@ def test_two_processes_on_one_user_of_redis() -> None:
             pass
     with other.holding(["a"]):
         pass
+
+
+def test_a_store_begins_once(make: Make) -> None:
+    """Of two processes that find a new store at once, the second one deletes nothing."""
+    store = make()
+    store.begin("v1")
+    store.put({"a": b"1"})
+    make().begin("v1")
+    make().begin("v2")
+    assert make().version == "v1"
+    assert make().get(["a"]) == [b"1"]
+
+
+def test_every_write_says_its_version(make: Make) -> None:
+    """A writer that has an old model finds out when it writes, whoever changed the version meanwhile."""
+    store = make()
+    store.begin("v1")
+    store.put({"a": b"1"}, "v1")
+    assert store.get(["a"], "v1") == [b"1"]
+    with store.holding(["a"]):
+        pass
+    make().replace("v2", ({"a": b"2"},))
+    with pytest.raises(OtherVersion, match=r"states of version v2, .* are v1 .*call rebuild"):
+        store.put({"b": b"1"}, "v1")
+    for users in (["a"], []):
+        with pytest.raises(OtherVersion):
+            store.get(users, "v1")
+    assert sorted(make()) == ["a"]
+    assert make().get(["a", "b"], "v2") == [b"2", None]
+
+
+def test_a_write_that_does_not_know_the_latest_is_refused(make: Make) -> None:
+    """Stored, deleted, or new since it was read: nothing of the write is done."""
+    store = make()
+    store.begin("v1")
+    store.put({"a": b"1", "b": b"1"})
+    for change in ({"a": b"2"}, {"a": b"1", "new": b"1"}):
+        read = dict(zip("ab", store.get(["a", "b"]), strict=True)) | {"new": None}
+        make().put(change)
+        with pytest.raises(Conflict, match="meanwhile: send the event again"):
+            store.put({"b": b"9", "a": b"9", "new": b"9"}, "v1", read)
+        assert store.get(["b"]) == [b"1"]
+    read = {"a": store.get(["a"])[0]}
+    make().delete(["a"])
+    with pytest.raises(Conflict, match="user 'a'"):
+        store.put({"a": b"9"}, "v1", read)
+    store.put({"a": b"9", "b": b"9"}, "v1", {"a": None, "b": b"1"})
+    assert store.get(["a", "b"]) == [b"9", b"9"]
+
+
+def test_of_two_rebuilds_at_once_one_is_given_up(make: Make, request: pytest.FixtureRequest) -> None:
+    """Their records are not mixed, and the store is never the half of one."""
+    if "memory" in request.node.name:
+        pytest.skip("one in memory is done in an instant")
+    store = make()
+    store.replace("v1", ({"old": b"1"},))
+
+    def interrupted():
+        yield {"a": b"1"}
+        make().replace("v2", ({"b": b"2"}, {"c": b"2"}))
+        yield {"d": b"1"}
+
+    with pytest.raises(Superseded):
+        store.replace("v1", interrupted())
+    assert make().version == "v2"
+    assert sorted(make()) == ["b", "c"]
+    make().replace("v3", ({"e": b"3"},))
+    assert sorted(store) == ["e"]
+
+
+def test_a_lock_that_expired_loses_nothing(make_redis: Make) -> None:
+    """The slower process reads the state again when its lock was another's meanwhile; both events are in it."""
+    model, items = served()
+    slow, fast = (Recommender(model, items, make_redis(patience=patience)) for patience in (0.1, 5.0))
+    step, delayed = slow._read, []
+
+    def late(*given: Any) -> None:
+        step(*given)
+        if not delayed:
+            time.sleep(0.15)
+            delayed.append(fast.update("a", "i2"))
+
+    slow._read = late  # type: ignore[method-assign]
+    assert slow.update("a", "i1") == "applied"
+    assert delayed == ["applied"]
+    alone = Recommender(model, items)
+    alone.update_many([Event("a", "i2"), Event("a", "i1")])
+    assert fast.recommend("a").items == alone.recommend("a").items
+    record = fast.codec.decode(fast.store.get(["a"])[0], "a")
+    assert (record.events, record.seen.tolist()) == (2, [2, 1])
+
+
+def test_what_was_forgotten_meanwhile_stays_forgotten(make_redis: Make) -> None:
+    model, items = served()
+    one, other = (Recommender(model, items, make_redis()) for _ in range(2))
+    one.update("a", "i1")
+    step, done = one._read, []
+
+    def late(*given: Any) -> None:
+        step(*given)
+        if not done:
+            done.append(other.forget(["a"]))
+
+    one._read = late  # type: ignore[method-assign]
+    one.update("a", "i2")
+    assert one.codec.decode(one.store.get(["a"])[0], "a").seen.tolist() == [2]
+
+
+def test_a_state_that_others_always_store_first(make_redis: Make) -> None:
+    """No endless loop: the event is refused, and may be sent again."""
+    model, items = served()
+    recommender = Recommender(model, items, make_redis())
+    recommender.update("a", "i1")
+    before, step = recommender.store.get(["a"])[0], recommender._read
+
+    def late(*given: Any) -> None:
+        step(*given)
+        recommender.store.put({"a": before if len(tries) % 2 else recommender.codec.encode(given[0]["a"])})
+        tries.append(1)
+
+    tries: list[int] = []
+    recommender._read = late  # type: ignore[method-assign]
+    with pytest.raises(StoreError, match="send the event again"):
+        recommender.update("a", "i2")
+    assert len(tries) == 5
+
+
+def test_a_client_that_decodes_what_it_reads() -> None:
+    with pytest.raises(ConfigError, match="decode_responses"):
+        RedisStore("redis://localhost:1/0?decode_responses=True")
+
+
+def test_a_process_with_an_old_model(make: Make) -> None:
+    """Another process rebuilds the store for a new model: the old one's calls fail, and write nothing."""
+    (old_model, items), (new_model, _) = served(), served(seed=1)
+    old = Recommender(old_model, items, make())
+    old.update("a", "i1")
+    assert not old.stale
+    new = Recommender(new_model, items, make())
+    assert new.stale
+    new.rebuild([("a", ["i1"]), ("b", ["i2"])], show_progress=False)
+    assert (old.stale, new.stale) == (True, False)
+    for call in (
+        lambda: old.update("new", "i2"),
+        lambda: old.update_many([Event("a", "i2")]),
+        lambda: old.recommend("a"),
+        lambda: old.recommend_many(["nobody"]),
+        lambda: old.rebuild([("c", ["i1"])], show_progress=False, keep_others=True),
+    ):
+        with pytest.raises(StoreError, match=r"states of version .*call rebuild\(\)"):
+            call()
+    assert sorted(make()) == ["a", "b"]
+    assert [one.basis for one in new.recommend_many(["a", "b", "new"])] == ["history", "history", "popularity"]
+
+
+def test_users_whose_states_cannot_be_used_are_named_alone(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """One of another version, one damaged: the rest is answered, and they are read again from their events."""
+    model, items = served()
+    recommender, other = Recommender(model, items, make()), Recommender(served(seed=1)[0], items)
+    recommender.update_many([Event(user, "i1") for user in "abc"])
+    other.update("b", "i1")
+    nan = recommender.codec.decode(recommender.store.get(["c"])[0], "c")
+    nan.numbers = nan.numbers * float("nan")
+    recommender.store.put({"b": other.store.get(["b"])[0], "c": recommender.codec.encode(nan)})
+    with caplog.at_level("ERROR"):
+        a, b, c, d = recommender.recommend_many(["a", "b", "c", "d"], k=3)
+    assert [one.basis for one in (a, b, c, d)] == ["history", "popularity", "popularity", "popularity"]
+    assert a.items == recommender.recommend("a", k=3).items
+    assert [bool(one.problem) for one in (a, b, c, d)] == [False, True, True, False]
+    assert "user 'b'" in b.problem
+    assert "user 'b'" in caplog.text
+    assert "user 'c' in the store is not finite" in caplog.text
+    before = recommender.store.get(["a"])
+    recommender.rebuild([("b", ["i1", "i2"]), ("c", ["i3"])], show_progress=False, keep_others=True)
+    assert recommender.store.get(["a"]) == before
+    alone = Recommender(model, items)
+    alone.update_many([Event("b", "i1"), Event("b", "i2")])
+    assert recommender.recommend("b", k=3).items == alone.recommend("b", k=3).items
+    assert not recommender.recommend_many(["c"])[0].problem
 
 
 def test_redis_that_is_not_there() -> None:
