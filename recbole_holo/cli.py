@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from recbole_holo.errors import ConfigError
+from recbole_holo.errors import ConfigError, TrialsFailed
 from recbole_holo.openmp import set_waiting
 
 
@@ -22,9 +22,16 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--dataset", "-d", default="ml-100k", help="a data set in RecBole's atomic files")
     flags.add_argument("--config_files", default="", help='yaml files or presets: "a.yaml HoloMambaRec_paper"')
     flags.add_argument("--search_space", default=None, help="yaml of a search space: tune instead of train")
-    flags.add_argument("--search_algo", default="exhaustive", help="exhaustive, random or bayes")
+    flags.add_argument("--search_algo", default="exhaustive", help="exhaustive (grid), random or bayes (tpe)")
     flags.add_argument(
-        "--max_evals", type=int, default=None, help="trials at most; by default all of an exhaustive search"
+        "--max_evals", type=int, default=None, help="trials at most; by default all of an exhaustive search, else 100"
+    )
+    flags.add_argument("--search_dir", default=None, help="where the search is kept, default search/MODEL-DATASET")
+    flags.add_argument("--search_storage", default=None, help="a file or database URL that several processes share")
+    flags.add_argument("--search_seed", type=int, default=2020, help="of what a search draws")
+    flags.add_argument("--search_pruner", default="median", help="median: bad trials end early; none: none does")
+    flags.add_argument(
+        "--search_early_stop", type=int, default=10, help="trials without a better score that end a search; 0: none do"
     )
     flags.add_argument(
         "--profile", action="store_true", help="print parameters, memory and time of every layer instead of training"
@@ -39,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 2 for input that cannot be used, a loss that diverged or a process
+    """Runs the command and returns its exit status: 2 for input that cannot be used, losses that diverged or a process
     of several that died, else 0."""
     args, settings = parser().parse_known_args(argv)
     set_waiting()  # before anything that loads PyTorch
@@ -51,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             launch.refuse_torchrun("a search")
             from recbole_holo.tuning import tune
 
+            if args.nproc != 1:
+                remedy = "a trial is of one process; leave it out, and start the command several times"
+                raise ConfigError("nproc", args.nproc, remedy)
             tune(
                 args.model,
                 args.dataset,
@@ -59,6 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 config_dict=_as_dict(settings),
                 algo=args.search_algo,
                 max_evals=args.max_evals,
+                early_stop=args.search_early_stop or None,
+                pruner=args.search_pruner,
+                seed=args.search_seed,
+                folder=args.search_dir,
+                storage=args.search_storage,
             )
         elif args.profile:
             launch.refuse_torchrun("a profile")
@@ -81,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 group_offset=args.group_offset,
                 argv=settings,
             )
-    except launch.SAID_IN_A_LINE as error:
+    except (*launch.SAID_IN_A_LINE, TrialsFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -23,8 +23,8 @@ from recbole_holo.bridge import compat, resources
 REQUIRED = ("recbole", "torch", "numpy", "pandas", "scipy", "numba")
 # distribution -> (what it is for, the oldest that works, what installs it)
 OPTIONAL = {
-    "hyperopt": ("recbole_holo.tuning.tune", "0.3.0", 'pip install "recbole-holo[tune]"'),
-    "ray": ("recbole_holo.tuning.tune_with_ray", "2.31", 'pip install "recbole-holo[ray]"'),
+    "optuna": ("recbole_holo.tuning.tune", "4.0", 'pip install "recbole-holo[tune]"'),
+    "hyperopt": ("RecBole's own HyperTuning", "0", "pip install hyperopt"),
     "kmeans-pytorch": ("RecBole's LDiffRec with n_cate > 1", "0", "pip install kmeans-pytorch"),
     "thop": ("RecBole's get_flops", "0", "pip install thop"),
     "wandb": ("log_wandb: True", "0", "pip install wandb"),

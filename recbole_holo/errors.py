@@ -30,6 +30,10 @@ class ProcessDied(RuntimeError):
     """One of several processes ended before its work was done: which, and how."""
 
 
+class TrialsFailed(RuntimeError):
+    """A search of which no trial came to a score: the reasons."""
+
+
 class MissingExtra(ImportError):
     """An optional dependency that is not installed: what it is for, and the command that installs it."""
 

@@ -97,11 +97,11 @@ def test_what_cannot_be_examined_is_a_problem(
 
 
 def test_optional_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"ray": "2.6.3", "hyperopt": "0.3.0"}
+    versions = {"optuna": "3.6.1", "hyperopt": "0.3.0"}
     monkeypatch.setattr(compat, "installed_version", versions.get)
     assert doctor._optional_line(doctor._optional("hyperopt")) == "0.3.0"
-    assert doctor._optional_line(doctor._optional("ray")).startswith("2.6.3, too old; for recbole_holo.tuning")
-    assert 'pip install "recbole-holo[ray]"' in doctor._optional_line(doctor._optional("ray"))
+    assert doctor._optional_line(doctor._optional("optuna")).startswith("3.6.1, too old; for recbole_holo.tuning")
+    assert 'pip install "recbole-holo[tune]"' in doctor._optional_line(doctor._optional("optuna"))
     assert doctor._optional_line(doctor._optional("wandb")).startswith("not installed; for log_wandb")
 
 

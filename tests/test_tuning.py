@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import json
 import math
-import sys
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
+import yaml
 from recbole.trainer import HyperTuning
 
-from recbole_holo import tuning
-from recbole_holo.errors import ConfigError, NonFiniteLoss
-from recbole_holo.tuning import Parameter, Tuning, read_space, tune, tune_with_ray
+from recbole_holo import cli, tuning
+from recbole_holo.bridge.config import Config
+from recbole_holo.errors import ConfigError, NonFiniteLoss, TrialsFailed
+from recbole_holo.tuning import read_space, tune
+
+Score = Callable[[dict[str, Any]], float]
+Objective = Callable[[dict[str, Any], "Callable[[int, float], None] | None"], dict[str, Any]]
 
 GRID = {"choice": {"learning_rate": [1e-3, 1e-2, 1e-1], "hidden_size": [32, 64]}}
 MIXED = {
@@ -26,17 +36,18 @@ MIXED = {
 }
 
 
-def scored(score: Callable[[dict[str, Any]], float], bigger: bool = True) -> tuning.Objective:
-    """An objective that costs nothing; its test score goes against the validation score."""
+def scored(score: Score) -> Objective:
+    """An objective that costs nothing; its test score goes against the validation score, and is of the last call."""
+    known: dict[str, float] = {}
 
-    def objective(settings: dict[str, Any], files: list[str] | None) -> dict[str, Any]:
-        value = score(settings)
+    def objective(settings: dict[str, Any], after_validation: Callable[[int, float], None] | None) -> dict[str, Any]:
+        last = after_validation is None
+        value = known[repr(settings)] = known.get(repr(settings), 0.0) if last else score(settings)
         return {
-            "model": settings["model"],
-            "best_valid_score": value,
-            "valid_score_bigger": bigger,
-            "best_valid_result": {"ndcg@10": value},
-            "test_result": {"ndcg@10": -value},
+            "valid_score": value,
+            "valid_result": {"ndcg@10": value},
+            "test_result": {"ndcg@10": -value} if last else None,
+            "checkpoint": "M.pth" if last else None,
         }
 
     return objective
@@ -46,10 +57,26 @@ def distance(settings: dict[str, Any]) -> float:
     return -abs(math.log(settings["learning_rate"] / 1e-2)) - settings["hidden_size"] / 1000
 
 
-def search(space: Any = GRID, score: Callable[[dict[str, Any]], float] = distance, **options: Any) -> dict[str, Any]:
-    pytest.importorskip("hyperopt")
-    bigger = options.pop("bigger", True)
-    return tune("M", "d", space, objective=scored(score, bigger), **options)
+def search(
+    space: Any = GRID,
+    score: Score = distance,
+    objective: Objective | None = None,
+    bigger: bool = True,
+    folder: str | Path | None = None,
+    plots: bool = False,  # they cost more than the search does
+    **options: Any,
+) -> dict[str, Any]:
+    pytest.importorskip("optuna")
+    from recbole_holo.tuning import report
+    from recbole_holo.tuning.search import Search
+
+    folder = Path(folder or tempfile.mkdtemp(dir=Path.cwd()))
+    about = {"model": "M", "dataset": "d", "fixed": {"epochs": 2}}
+    options = {"show_progress": False, **options}
+    with pytest.MonkeyPatch.context() as patch:
+        if not plots:
+            patch.setattr(report, "_plot", lambda *_: [])
+        return Search(objective or scored(score), about, bigger, read_space(space), folder, **options).run()
 
 
 def tried(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -78,10 +105,21 @@ def test_a_seed_fixes_the_search(algo: str, space: dict[str, Any]) -> None:
 
 
 def test_bayes_learns_from_the_trials() -> None:
-    """25 trials: hyperopt's first 20 are random, so the rest must not repeat the random search."""
+    """25 trials: TPE's first 10 are random, so the rest must not repeat the random search, and come closer."""
     options: dict[str, Any] = {"max_evals": 25, "early_stop": None, "seed": 3}
     random, bayes = search(MIXED, algo="random", **options), search(MIXED, algo="bayes", **options)
-    assert tried(random)[20:] != tried(bayes)[20:]
+    assert tried(random)[10:] != tried(bayes)[10:]
+
+    def mean(report: dict[str, Any]) -> float:
+        scores = [trial["valid_score"] for trial in report["trials"][10:]]
+        return sum(scores) / len(scores)
+
+    assert mean(bayes) > mean(random)
+
+
+@pytest.mark.parametrize(("name", "same"), [("exhaustive", "grid"), ("bayes", "tpe")])
+def test_others_names_of_the_algorithms(name: str, same: str) -> None:
+    assert tried(search(algo=name, max_evals=4)) == tried(search(algo=same, max_evals=4))
 
 
 def test_zero_is_a_score() -> None:
@@ -89,7 +127,13 @@ def test_zero_is_a_score() -> None:
     pytest.importorskip("hyperopt")
     scores = iter([0.0, -0.2, -0.1])
     stock = HyperTuning(
-        scored(lambda settings: next(scores)),
+        lambda settings, files: {
+            "model": "M",
+            "best_valid_score": next(scores),
+            "valid_score_bigger": True,
+            "best_valid_result": {},
+            "test_result": {},
+        },
         params_dict={"choice": {"x": [1, 2, 3], "model": ["M"]}},
         algo="exhaustive",
     )
@@ -109,9 +153,20 @@ def test_smaller_can_be_better() -> None:
 
 
 def test_validation_alone_decides() -> None:
-    report = search({"choice": {"x": [1, 2, 3]}}, lambda settings: settings["x"])
+    """No trial sees the test split; the one training with the best settings does."""
+    calls: list[tuple[int, bool]] = []
+    objective = scored(lambda settings: settings["x"])
+
+    def counts(settings: dict[str, Any], after_validation: Any) -> dict[str, Any]:
+        calls.append((settings["x"], after_validation is None))
+        return objective(settings, after_validation)
+
+    report = search({"choice": {"x": [1, 2, 3]}}, objective=counts)
     assert report["best_params"] == {"x": 3}
     assert report["test_result"] == {"ndcg@10": -3.0}
+    assert sorted(calls[:-1]) == [(1, False), (2, False), (3, False)]
+    assert calls[-1] == (3, True)
+    assert all("test_result" not in trial for trial in report["trials"])
 
 
 def test_early_stop_and_limits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,21 +193,167 @@ def test_options_keep_their_type() -> None:
     )
     assert {type(p["whole"]) for p in tried(report)} == {int}
     assert {type(p["half"]) for p in tried(report)} == {float}
-    assert Parameter("n", "quniform", (1, 9, 2)).decode(2.9999999996) == 3
+    steps = {"quniform": {"tenths": [0.0, 0.7, 0.1], "even": [1, 9, 2]}}
+    report = search(steps, lambda settings: 1.0, algo="random", max_evals=60, early_stop=None)
+    # As hyperopt's, multiples of the step; and no 0.30000000000000004.
+    assert {p["tenths"] for p in tried(report)} == {0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7}
+    assert {p["even"] for p in tried(report)} == {2, 4, 6, 8}
 
 
-def test_settings_reach_the_objective() -> None:
-    pytest.importorskip("hyperopt")
-    seen: list[tuple[dict[str, Any], list[str] | None]] = []
+def test_bounds_of_loguniform_are_natural_logarithms() -> None:
+    report = search({"loguniform": {"x": [-8, -2]}}, lambda settings: 1.0, algo="random", max_evals=60, early_stop=None)
+    drawn = [math.log(p["x"]) for p in tried(report)]
+    assert all(-8 <= x <= -2 for x in drawn)
+    assert 20 <= sum(x < -5 for x in drawn) <= 40
 
-    def objective(settings: dict[str, Any], files: list[str] | None) -> dict[str, Any]:
-        seen.append((settings, files))
-        return scored(lambda settings: 1.0)(settings, files)
 
-    tune("M", "d", {"choice": {"x": [1]}}, ["a.yaml"], {"epochs": 2}, objective=objective)
-    assert seen == [({"epochs": 2, "model": "M", "dataset": "d", "x": 1}, ["a.yaml"])]
-    with pytest.raises(ConfigError, match=r"epochs.*keep one of the two"):
-        tune("M", "d", {"choice": {"epochs": [1]}}, config_dict={"epochs": 2}, objective=objective)
+def test_equal_settings_are_not_trained_twice() -> None:
+    seen: list[int] = []
+    report = search(
+        {"choice": {"x": [1, 2]}},
+        lambda settings: seen.append(settings["x"]) or settings["x"],
+        algo="random",
+        max_evals=8,
+        early_stop=None,
+    )
+    assert sorted(seen) == [1, 2]
+    assert [trial["valid_score"] for trial in report["trials"]] == [p["x"] for p in tried(report)]
+
+
+def curves(settings: dict[str, Any], after_validation: Callable[[int, float], None] | None) -> dict[str, Any]:
+    """Twelve epochs towards x, from below."""
+    for epoch in range(12):
+        if after_validation is not None:
+            after_validation(epoch, settings["x"] * (epoch + 1) / 12)
+    return {"valid_score": settings["x"], "valid_result": {}, "test_result": {}, "checkpoint": "M.pth"}
+
+
+def test_trials_that_are_worse_at_the_same_epoch_end_early() -> None:
+    space = {"choice": {"x": list(range(1, 21))}}
+    whole, pruned = (search(space, objective=curves, pruner=name, early_stop=None) for name in ("none", "median"))
+    assert {trial["status"] for trial in whole["trials"]} == {"ok"}
+    statuses = {trial["params"]["x"]: trial["status"] for trial in pruned["trials"]}
+    assert set(statuses.values()) == {"ok", "pruned after epoch 5"}  # none in the first five
+    assert [trial["status"] for trial in pruned["trials"][:5]] == ["ok"] * 5
+    assert pruned["best_params"] == whole["best_params"] == {"x": 20}
+    kept, ended = ([x for x, status in statuses.items() if (status == "ok") == ok] for ok in (True, False))
+    assert sum(kept) / len(kept) > sum(ended) / len(ended)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stopped and shared searches
+
+
+def in_processes(*targets: Callable[[], object]) -> list[int | None]:
+    """Runs each in a process of its own, all at once, and returns their exit codes."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=target) for target in targets]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.parametrize(("algo", "space"), [("exhaustive", GRID), ("random", MIXED), ("bayes", MIXED)])
+def test_a_killed_search_goes_on(algo: str, space: dict[str, Any], tmp_path: Path) -> None:
+    """The trial that was running is run again, and nothing else is drawn than without the kill."""
+    options: dict[str, Any] = {"algo": algo, "early_stop": None, "max_evals": 6 if algo == "exhaustive" else 18}
+    dies_at, calls = options["max_evals"] - 3, []
+
+    def killed(settings: dict[str, Any]) -> float:
+        calls.append(settings)
+        if len(calls) == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return distance({"hidden_size": 32, **settings})
+
+    def later(settings: dict[str, Any]) -> float:
+        calls.append(settings)
+        return distance({"hidden_size": 32, **settings})
+
+    whole = search(space, later, **options)
+    calls.clear()
+    assert in_processes(lambda: search(space, killed, folder=tmp_path / "s", **options)) == [-signal.SIGKILL]
+    assert calls == []
+    resumed = search(space, later, folder=tmp_path / "s", **options)
+    assert len(calls) == 4  # the one that was cut short, and the three after it
+    assert tried(resumed) == tried(whole)
+    assert {trial["status"] for trial in resumed["trials"]} == {"ok"}
+    assert resumed["best_params"] == whole["best_params"]
+
+
+def test_an_interrupted_search_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(settings: dict[str, Any]) -> float:
+        if settings["x"] == 3:
+            raise KeyboardInterrupt
+        return 1.0
+
+    space = {"choice": {"x": [1, 2, 3]}}
+    with pytest.raises(KeyboardInterrupt):
+        search(space, interrupted, folder=tmp_path, seed=1)
+    assert "the same command goes on with it" in capsys.readouterr().err
+    report = search(space, lambda settings: settings["x"], folder=tmp_path, seed=1)
+    assert sorted(p["x"] for p in tried(report)) == [1, 2, 3]
+    again = search(space, lambda settings: pytest.fail("it is complete"), folder=tmp_path, seed=1)
+    assert again == report
+
+
+def test_another_search_is_not_mixed_in(tmp_path: Path) -> None:
+    search(folder=tmp_path)
+    with pytest.raises(ConfigError, match=r"search_dir.*it holds a search with space.*choose another folder"):
+        search({"choice": {"hidden_size": [32, 64]}}, folder=tmp_path)
+    with pytest.raises(ConfigError, match="it holds a search with seed: 2020, and this one has 1"):
+        search(folder=tmp_path, seed=1)
+    more = {"choice": {"x": list(range(9))}}
+    assert len(search(more, lambda settings: settings["x"], folder=tmp_path / "b", max_evals=4)["trials"]) == 4
+    assert len(search(more, lambda settings: settings["x"], folder=tmp_path / "b", max_evals=6)["trials"]) == 6
+
+
+@pytest.mark.parametrize("storage", ["{}/shared.log", "sqlite:///{}/shared.db"])
+def test_two_processes_share_a_search(storage: str, tmp_path: Path) -> None:
+    """Each combination is tried once, by both; the last to end trains with the best. Each has its own folder, as on
+    two machines."""
+    log = tmp_path / "calls"
+    log.touch()
+
+    def objective(settings: dict[str, Any], after_validation: Any) -> dict[str, Any]:
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(f"{os.getpid()} {settings['x']} {after_validation is None}\n")
+        time.sleep(0.1)
+        return {"valid_score": settings["x"], "valid_result": {}, "test_result": {}, "checkpoint": "M.pth"}
+
+    space, options = {"choice": {"x": list(range(14))}}, {"early_stop": None, "storage": storage.format(tmp_path)}
+    search(space, objective=objective, folder=tmp_path / "first" / "s", max_evals=1, **options)  # makes the storage
+    log.write_text("")
+    parts = [
+        lambda host=host: search(space, objective=objective, folder=tmp_path / host / "s", **options) for host in "ab"
+    ]
+    assert in_processes(*parts) == [0, 0]
+    calls = [line.split() for line in log.read_text().splitlines()]
+    trials = [(process, int(x)) for process, x, last in calls if last == "False"]
+    assert len({process for process, _ in trials}) == 2
+    assert len({x for _, x in trials}) == len(trials) == 13
+    assert sum(last == "True" for *_, last in calls) in (1, 2)  # both, if they end at the same moment
+    reports = [json.loads((tmp_path / host / "s" / "trials.json").read_text()) for host in "ab"]
+    last = max(reports, key=lambda report: len(report["trials"]) - report["running"])
+    assert last["best_params"] == {"x": 13}
+    assert last["test_result"] is not None
+    assert sorted(p["x"] for p in tried(last)) == list(range(14))
+
+
+@pytest.mark.parametrize(
+    ("storage", "message"),
+    [
+        ("nonsense://user:secret@host/db", r"nonsense://user:\*\*\*@host/db.*cannot be opened"),
+        ("space.yaml", "cannot be opened"),
+        ("missing/journal.log", "cannot be opened"),
+    ],
+)
+def test_a_storage_that_cannot_be_opened(storage: str, message: str) -> None:
+    Path("space.yaml").write_text("choice: {}\n")
+    with pytest.raises(ConfigError, match=f"search_storage.*{message}") as caught:
+        search(storage=storage)
+    assert "secret" not in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,18 +381,19 @@ def test_a_failed_point_does_not_end_the_search(error: Exception | None) -> None
 
     report = search({"choice": {"x": [1, 2, 3]}}, score)
     assert report["best_params"] == {"x": 3}
+    assert "x: 3" in next(Path.cwd().glob("*/best.yaml")).read_text()
     assert sorted(trial["status"][:6] for trial in report["trials"]) == ["failed", "ok", "ok"]
 
 
 def test_a_first_failure_does_not_hide_progress() -> None:
-    """hyperopt's own early stopping never sees progress after a first loss of infinity."""
+    """A score that is nan is none to be compared with."""
     scores = iter([math.nan, *range(20)])
     report = search({"choice": {"x": list(range(21))}}, lambda settings: next(scores), early_stop=3)
     assert len(report["trials"]) == 21
 
 
 def test_when_everything_fails() -> None:
-    with pytest.raises(RuntimeError, match="all 3 trials failed: failed: the validation score is nan"):
+    with pytest.raises(TrialsFailed, match="all 3 trials failed: failed: the validation score is nan"):
         search({"choice": {"x": [1, 2, 3]}}, lambda settings: math.nan)
 
 
@@ -203,13 +405,24 @@ def test_faults_of_the_program_are_not_hidden() -> None:
         search(score=score)
 
 
-def test_hyperopt_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "installed_version", {"hyperopt": None}.get)
-    with pytest.raises(ImportError, match=r'hyperopt is not installed: pip install "recbole-holo\[tune\]"'):
-        tune("M", "d", GRID, objective=scored(distance))
-    monkeypatch.setattr(tuning, "installed_version", {"hyperopt": "0.2.7"}.get)
-    with pytest.raises(ImportError, match=r"hyperopt 0\.2\.7 is too old"):
-        tune("M", "d", GRID, objective=scored(distance))
+def test_a_combination_that_cannot_be_is_a_failed_trial() -> None:
+    """Once a trial has shown that settings can be used, a ConfigError is of the combination."""
+
+    def score(settings: dict[str, Any]) -> float:
+        if settings["x"] == settings["y"]:
+            raise ConfigError("x", settings["x"], "it must not be y")
+        return settings["x"] - settings["y"]
+
+    report = search({"choice": {"x": [1, 2, 3], "y": [1, 4]}}, score, seed=2)
+    assert report["best_params"] == {"x": 3, "y": 1}
+    assert sum("it must not be y" in trial["status"] for trial in report["trials"]) == 1
+
+
+@pytest.mark.parametrize(("version", "message"), [(None, "is not installed"), ("3.6.1", r"3\.6\.1 is too old")])
+def test_optuna_is_asked_for(version: str | None, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "installed_version", {"optuna": version}.get)
+    with pytest.raises(ImportError, match=rf'optuna {message}: pip install "recbole-holo\[tune\]"'):
+        tune("HoloMambaRec", "ml-100k", GRID)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,16 +430,27 @@ def test_hyperopt_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = search(output_file=tmp_path / "out" / "M.result")
-    text = (tmp_path / "out" / "M.result").read_text()
-    assert text.count("Valid result:") == 6
-    assert "learning_rate:0.01, hidden_size:32" in text
-    assert json.loads((tmp_path / "out" / "M.json").read_text()) == report
+    report = search(folder=tmp_path / "out" / "M", plots=True)
+    folder = tmp_path / "out" / "M"
+    assert json.loads((folder / "trials.json").read_text()) == report
+    table = pd.read_csv(folder / "trials.csv")
+    assert table["valid_score"].max() == report["best_valid_score"]
+    assert list(table["params.learning_rate"]) == [p["learning_rate"] for p in tried(report)]
+    assert yaml.safe_load((folder / "best.yaml").read_text()) == {"epochs": 2, "learning_rate": 0.01, "hidden_size": 32}
+    text = (folder / "report.md").read_text()
+    for name in ("history.png", "importance.png"):
+        assert f"({name})" in text
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "best by validation: learning_rate:0.01, hidden_size:32" in out
-    assert out.index("0.01 ") < out.index("0.1 ")  # the table is sorted by score
-    with pytest.raises(ConfigError, match="the JSON is written beside it"):
-        search(output_file="M.json")
+    assert out.index("| 0.01 ") < out.index("| 0.1 ")  # the table is sorted by score
+    assert "its test: {'ndcg@10': 0.032}" in text
+
+
+def test_no_plot_of_importance_where_nothing_varies(tmp_path: Path) -> None:
+    search({"choice": {"x": [1], "y": [1, 2]}}, lambda settings: settings["y"], folder=tmp_path, plots=True)
+    assert (tmp_path / "history.png").exists()
+    assert not (tmp_path / "importance.png").exists()
 
 
 def test_trials_are_on_disk_when_a_later_one_breaks(tmp_path: Path) -> None:
@@ -236,8 +460,8 @@ def test_trials_are_on_disk_when_a_later_one_breaks(tmp_path: Path) -> None:
         return 1.0
 
     with pytest.raises(KeyError):
-        search({"choice": {"x": [1, 2, 3]}}, score, output_file=tmp_path / "M.result", seed=1)
-    done = json.loads((tmp_path / "M.json").read_text())["trials"]
+        search({"choice": {"x": [1, 2, 3]}}, score, folder=tmp_path, seed=1)
+    done = json.loads((tmp_path / "trials.json").read_text())["trials"]
     assert 0 < len(done) < 3
 
 
@@ -319,6 +543,7 @@ def test_no_such_space() -> None:
         ({"algo": "bayesian"}, "did you mean bayes"),
         ({"max_evals": 0}, "max_evals"),
         ({"early_stop": 0}, "early_stop"),
+        ({"pruner": "medain"}, "did you mean median"),
         ({"space": MIXED}, "dropout is uniform: list its values as a choice"),
     ],
 )
@@ -327,90 +552,79 @@ def test_options_that_cannot_be_used(options: dict[str, Any], message: str) -> N
         search(**options)
 
 
-def test_the_class_alone() -> None:
-    """What :func:`tune` wraps is usable as RecBole's class is."""
-    pytest.importorskip("hyperopt")
-    alone = Tuning(scored(distance), read_space(GRID), fixed={"model": "M"}, early_stop=None)
-    alone.run()
-    assert alone.best_params == {"learning_rate": 1e-2, "hidden_size": 32}
-    assert len(alone.score_list) == len(alone.params2result) == 6
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# The real objective, and ray
+# Trainings
 
 
-def test_training_for_real(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
-    pytest.importorskip("hyperopt")
+def words(settings: dict[str, Any]) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def test_the_command(cyclic_dataset: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves a report, settings that --config_files takes, and a checkpoint; no trial is tested."""
+    pytest.importorskip("optuna")
+    from recbole_holo.tuning import search as module
+
+    run, runs = module.run, []
+
+    def watched(*args: Any, **options: Any) -> dict[str, Any]:
+        runs.append((args[3]["hidden_size"], options["test"], options["callback_fn"] is not None))
+        return run(*args, **options)
+
+    monkeypatch.setattr(module, "run", watched)
     del tiny["hidden_size"]
-    report = tune("HoloMambaRec", cyclic_dataset, {"choice": {"hidden_size": [8, 16]}}, config_dict=tiny)
-    assert sorted(params["hidden_size"] for params in tried(report)) == [8, 16]
+    Path("space.yaml").write_text("choice: {hidden_size: [8, 16]}\n")
+    command = ["--model=HoloMambaRec", f"--dataset={cyclic_dataset}", "--search_space=space.yaml", *words(tiny)]
+    assert cli.main(command) == 0
+    folder = Path("search", f"HoloMambaRec-{cyclic_dataset}")
+    report = json.loads((folder / "trials.json").read_text())
+    best = report["best_params"]["hidden_size"]
+    assert sorted(runs[:2]) == [(8, False, True), (16, False, True)]
+    assert runs[2:] == [(best, True, False)]
     assert report["best_valid_score"] == max(trial["valid_score"] for trial in report["trials"])
-    assert report["best_valid_result"]["ndcg@5"] == report["best_valid_score"]
+    assert report["best_valid_result"]["ndcg@5"] == report["best_valid_score"] == report["again_valid_score"]
+    assert set(report["test_result"]) == set(report["best_valid_result"])
+    assert Path(report["checkpoint"]).parent == folder
+    assert Path(report["checkpoint"]).is_file()
+    assert list(folder.glob("*.pth")) == [Path(report["checkpoint"])]
+    config = Config("HoloMambaRec", cyclic_dataset, [str(folder / "best.yaml")])
+    assert config["hidden_size"] == best
+    assert config["MAX_ITEM_LIST_LENGTH"] == tiny["MAX_ITEM_LIST_LENGTH"]
+    assert cli.main(command) == 0  # it is complete
+    assert len(runs) == 3
 
 
-def test_the_ray_trial_returns_one_flat_dict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["default_worker.py", "--epochs=99"])
-    (tmp_path / "start").mkdir()
-    seen: list[Any] = []
-
-    def objective(settings: dict[str, Any], files: list[str] | None) -> dict[str, Any]:
-        seen.append((settings, files, Path.cwd(), sys.argv))
-        return scored(lambda settings: 0.5)(settings, files)
-
-    result = tuning.ray_trainable(
-        {"x": 0},
-        fixed={"model": "M"},
-        space=read_space({"choice": {"x": [7]}}),
-        objective=objective,
-        config_file_list=["a.yaml"],
-        working_directory=str(tmp_path / "start"),
-    )
-    assert result == {"valid_score": 0.5, "valid_score_bigger": True, "valid/ndcg@10": 0.5, "test/ndcg@10": -0.5}
-    assert seen == [({"model": "M", "x": 7}, ["a.yaml"], tmp_path / "start", ["default_worker.py"])]
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"choice": {"hiden_size": [8]}}, "HoloMambaRec has no such setting: did you mean hidden_size"),
+        ({"choice": {"learning_rate": [0.1, -1]}}, "learning_rate: -1 cannot be used"),
+        ({"choice": {"epochs": [1]}}, "epochs: 2 cannot be used: it is fixed here and searched"),
+        ({"choice": {"dataset": ["a"]}}, "dataset.*keep one of the two"),
+    ],
+)
+def test_settings_are_tried_before_the_search(
+    space: dict[str, Any], message: str, cyclic_dataset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    with pytest.raises(ConfigError, match=message):
+        tune("HoloMambaRec", cyclic_dataset, space, config_dict={"epochs": 2})
+    assert not Path("search").exists()
 
 
-@pytest.mark.parametrize("version", [None, "2.6.3"])
-def test_ray_is_asked_for(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "installed_version", {"ray": version}.get)
-    with pytest.raises(ImportError, match=r'pip install "recbole-holo\[ray\]"'):
-        tune_with_ray("M", "d", GRID)
-
-
-def test_ray_searches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    try:
-        tuning._ray_tune()
-        import ray
-    except ImportError as error:
-        pytest.skip(str(error))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]), prepend=":")
-    ray.init(num_cpus=2, include_dashboard=False)
-    try:
-        with pytest.raises(ConfigError, match="exhaustive or random"):
-            tune_with_ray("M", "d", GRID, algo="bayes")
-        objective = scored(lambda settings: -abs(settings["x"][0] - 2))
-        report = tune_with_ray(
-            "M", "d", {"choice": {"x": [[1], [2], [3]]}}, storage_path=tmp_path / "ray", objective=objective
-        )
-        assert report["best_params"] == {"x": [2]}
-        assert len(report["trials"]) == 3
-        space = {"loguniform": {"x": [-3, 0]}, "quniform": {"n": [1, 4, 1]}}
-        drawn = [
-            tune_with_ray(
-                "M",
-                "d",
-                space,
-                algo="random",
-                max_evals=3,
-                storage_path=tmp_path / "ray",
-                objective=scored(lambda settings: settings["x"]),
-            )
-            for _ in range(2)
-        ]
-        assert tried(drawn[0]) == tried(drawn[1])
-        assert all(math.exp(-3) <= p["x"] <= 1 and type(p["n"]) is int for p in tried(drawn[0]))
-    finally:
-        ray.shutdown()
+def test_one_line_from_the_command(cyclic_dataset: str, tiny: dict[str, Any], capsys: Any) -> None:
+    pytest.importorskip("optuna")
+    Path("space.yaml").write_text("uniform: {dropout_prob: [0, 1]}\n")
+    command = ["--model=HoloMambaRec", f"--dataset={cyclic_dataset}", *words(tiny)]
+    for others, message in (
+        (["--search_space=space.yaml"], "error: algo: 'exhaustive' cannot be used: dropout_prob is uniform"),
+        (["--search_space=none.yaml"], "error: search_space: 'none.yaml' is no file"),
+        (["--search_space=HoloMambaRec", "--nproc=2"], "error: nproc: 2 cannot be used: a trial is of one process"),
+    ):
+        assert cli.main([*command, *others]) == 2
+        err = capsys.readouterr().err.strip()
+        assert err.startswith(message)
+        assert "\n" not in err
 
 
 @pytest.mark.parametrize("name", ["HoloMambaRec", "HoloMambaRec.yaml", "properties/search/HoloMambaRec.yaml"])
