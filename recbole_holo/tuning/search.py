@@ -403,7 +403,7 @@ def _last_line(error: Exception) -> str:
 
 def _floats(metrics: Mapping[str, Any] | None) -> dict[str, float] | None:
     """Metrics as Python floats: RecBole's are numpy scalars, which JSON does not know."""
-    return metrics and {str(name): float(value) for name, value in metrics.items()}
+    return None if metrics is None else {str(name): float(value) for name, value in metrics.items()}
 
 
 @contextlib.contextmanager
