@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import optuna
 import pandas as pd
 import yaml
@@ -77,19 +76,19 @@ def _plot(folder: Path, study: optuna.Study) -> list[Path]:
     done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     names = {name for trial in done for name in trial.params if len({other.params[name] for other in done}) > 1}
     plots = []
-    with matplotlib.rc_context({"figure.autolayout": True}), pyplot.style.context("default"):
+    with pyplot.style.context("default"):  # Optuna sets one of its own for the process
         if done:
             axes = plot_optimization_history(study, target_name="validation score")
             plots.append(_save(axes, folder / "history.png"))
         if len(names) > 1 and len({trial.value for trial in done}) > 1:
             evaluator = FanovaImportanceEvaluator(seed=0)
-            axes = plot_param_importances(study, evaluator=evaluator, params=sorted(names))
+            axes = plot_param_importances(study, evaluator, sorted(names), target_name="validation score")
             plots.append(_save(axes, folder / "importance.png"))
     return plots
 
 
 def _save(axes: Any, path: Path) -> Path:
-    axes.figure.savefig(path, dpi=100)
+    axes.figure.savefig(path, dpi=100, bbox_inches="tight")
     pyplot.close(axes.figure)
     return path
 

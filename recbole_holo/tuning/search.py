@@ -203,17 +203,20 @@ class Search:
     # ------------------------------------------------------------------ trials
     def run(self) -> dict[str, Any]:
         """Runs trials until there are enough, and returns what :func:`recbole_holo.tuning.tune` does."""
+        others = 0
         with _quiet_optuna():
             try:
                 with tqdm(total=self.limit, desc="search", unit="trial", disable=not self.show_progress) as bar:
                     self._run_trials(bar)
-                if not self._all(TrialState.RUNNING):  # else the last of the other processes does it
+                others = len(self._all(TrialState.RUNNING))
+                if not others:  # else the last of them does it
                     self._train_with_best()
             except KeyboardInterrupt:
                 print("the search was stopped; the same command goes on with it", file=sys.stderr)
                 raise
             finally:
                 found = self._found()
+                found["running"] = found["running"] or others  # which may have ended by now, and train
                 report.write(self.folder, found, self.study)
         print(f"{report.render(found)}\n\nreport: {self.folder / 'report.md'}")
         return found
