@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: small operators collapse on busy cores
+os.environ.setdefault("MAMBA_DETERMINISTIC", "1")  # on a GPU: no tuning, 119 compilations for each set of sizes
 
 import numpy as np
 import pandas as pd

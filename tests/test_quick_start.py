@@ -19,6 +19,7 @@ from recbole.trainer import Trainer
 from recbole.utils import get_model, init_logger, init_seed
 from recbole.utils.case_study import full_sort_scores, full_sort_topk
 
+from recbole_holo import quick_start
 from recbole_holo.bridge import registry
 from recbole_holo.bridge.checkpoint import CheckpointError, load, save
 from recbole_holo.bridge.config import Config
@@ -384,3 +385,23 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return s.getsockname()[1]
+
+
+def test_peak_memory_begins_anew_with_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a GPU it is the process's; the run before may have needed more."""
+
+    class Reached(Exception):
+        pass
+
+    class Stopped:
+        def fit(self, *data: Any, **settings: Any) -> None:
+            assert reset == [torch.device("cuda", 0)]
+            raise Reached
+
+    reset: list[torch.device] = []
+    settings = {"device": torch.device("cuda", 0), "resume": None, "show_progress": False}
+    monkeypatch.setattr(quick_start, "Config", lambda *given: settings)
+    monkeypatch.setattr(quick_start, "prepare", lambda config: (Stopped(), None, None, None))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
+    with pytest.raises(Reached):
+        run("HoloMambaRec", "toy")

@@ -257,6 +257,7 @@ class Config(RecBoleConfig):
                 rank=final["local_rank"] + final["offset"],
                 world_size=final["world_size"],
                 init_method=f"tcp://{final['ip']}:{final['port']}" if "ip" in final else "env://",  # torchrun's
+                device_id=final["device"] if cuda else None,  # else nccl guesses it, at the first message
             )
         if final["local_rank"] != 0:
             final.update(state="error", show_progress=False, verbose=False)

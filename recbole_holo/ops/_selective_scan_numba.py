@@ -1,4 +1,4 @@
-r"""The selective scan and its gradient on a CPU, compiled by numba on first use (some seconds, then cached).
+r"""The selective scan and its gradient on a CPU, compiled by numba on first use (some seconds).
 
 All arrays are float32 and C-contiguous, with the names and shapes of :mod:`recbole_holo.ops.selective_scan`, but
 ``A [N, D]``, and ``z`` flat with rows ``z_row`` apart, because it is half of a projection and is read in place. Both
@@ -35,7 +35,8 @@ _EXACT = {"contract", "nsz", "arcp", "afn"}
 _REORDERED = {*_EXACT, "reassoc"}
 # Any: numba's own types do not follow a function through its decorators.
 inlined: Any = njit(fastmath=_EXACT, forceinline=True)
-compiled: Any = njit(parallel=True, fastmath=_REORDERED, cache=True, error_model="numpy")
+# Not kept in numba's cache: what lies there is unpickled and run without a look at whether it is whole, at every start.
+compiled: Any = njit(parallel=True, fastmath=_REORDERED, error_model="numpy")
 _intrinsic: Any = intrinsic
 _settings: Any = numba.config
 

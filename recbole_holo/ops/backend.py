@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -90,12 +91,13 @@ _OPERATIONS = {
         _Kernel("causal-conv1d", "causal_conv1d", "causal_conv1d_update", ("causal_conv1d_cuda",)), (), "reference"
     ),
 }
+_PRODUCTS = ("state_space_dual", "mamba2_block")  # are matrix products in Triton
 _KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _backend = "auto"
 _chosen: dict[tuple[str, str, torch.dtype], str] = {}
 _used: dict[str, list[str]] = {}
-_warned: set[str] = set()
+_said: set[str] = set()
 _excluded: set[str] = set()
 
 
@@ -210,6 +212,31 @@ def product_type(tensor: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
+def adjacent(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy, with a stride of 1 at its last axis.
+
+    Of an axis of size 1 ``contiguous()`` leaves any stride; the CUDA kernels take it at its word and refuse it, or read
+    another layout out of it.
+    """
+    return tensor if tensor.stride(-1) == 1 else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy: contiguous, :func:`adjacent`, and at an address where 16 bytes can be loaded at once.
+
+    A CUDA kernel that loads so from another address ends in an error after which the process cannot use the GPU.
+    """
+    fits = tensor.is_contiguous() and tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0
+    return tensor if fits else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def with_gradient(y: Tensor, layout: Callable[[Tensor], Tensor] = dense) -> Tensor:
+    """``y``, the output of a CUDA kernel, whose backward pass gets the gradient in a ``layout`` that it can read."""
+    if y.requires_grad:
+        y.register_hook(layout)
+    return y
+
+
 def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """A context in which operations on ``tensor``'s device keep the types they are given."""
     return torch.autocast(tensor.device.type, enabled=False)
@@ -241,12 +268,16 @@ def _choose_kernel(op: str, tensor: Tensor) -> tuple[str, str]:
         return _reference(operation), f"the kernels do not take {tensor.dtype}"
     function, reason = _load_kernel(op)
     if function is not None:
+        if op in _PRODUCTS and tensor.dtype == torch.float32 and os.environ.get("TRITON_F32_DEFAULT") != "ieee":
+            _say_once(
+                f"{op}: float32 is multiplied in TF32; TRITON_F32_DEFAULT=ieee does it exactly", level=logging.INFO
+            )
         return operation.kernel.package, ""
     if insisted:
         raise ConfigError(
             "backend", _backend, f"{reason}. Install the kernels: {INSTALL_KERNELS}; or set backend: auto"
         )
-    _warn_once(f"No fused CUDA kernel, a much slower form runs instead: {reason}. Install: {INSTALL_KERNELS}", reason)
+    _say_once(f"No fused CUDA kernel, a much slower form runs instead: {reason}. Install: {INSTALL_KERNELS}", reason)
     return operation.plain, reason
 
 
@@ -259,10 +290,10 @@ def _choose_cpu(operation: _Operation, dtype: torch.dtype) -> tuple[str, str]:
         reason = f"{form} is excluded" if form in _excluded else problems[form]() if form in problems else ""
         if not reason:
             if reasons:
-                _warn_once(f"A slower form runs on the CPU ({form}): {'; '.join(reasons)}", reasons[0])
+                _say_once(f"A slower form runs on the CPU ({form}): {'; '.join(reasons)}", reasons[0])
             return form, "; ".join(reasons)
         reasons.append(reason)
-    _warn_once(f"No fast CPU kernel, a much slower form runs instead: {'; '.join(reasons)}", reasons[-1])
+    _say_once(f"No fast CPU kernel, a much slower form runs instead: {'; '.join(reasons)}", reasons[-1])
     return operation.plain, "; ".join(reasons)
 
 
@@ -308,7 +339,8 @@ def _version(implementation: str) -> str:
         return implementation
 
 
-def _warn_once(message: str, reason: str) -> None:
-    if reason not in _warned:
-        _warned.add(reason)
-        _logger.warning(message)
+def _say_once(message: str, reason: str = "", level: int = logging.WARNING) -> None:
+    """Logs a message, but no second one of the same reason."""
+    if (reason or message) not in _said:
+        _said.add(reason or message)
+        _logger.log(level, message)

@@ -65,12 +65,18 @@ def _causal_conv1d_shifted(x: Tensor, weight: Tensor, bias: Tensor | None, activ
 
 
 def _causal_conv1d_cuda(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """The kernel takes ``[batch, D, L]``: channels-last if it can read 8 channels at a time, else contiguous."""
-    x = x.transpose(1, 2)
-    steps = (x.shape[1], x.stride(0), x.stride(2), x.storage_offset())
-    if x.stride(1) != 1 or any(step % 8 for step in steps):
-        x = x.contiguous()
-    return backend.kernel("causal_conv1d")(x=x, weight=weight, bias=bias, activation=activation).transpose(1, 2)
+    """The kernel takes ``[batch, D, L]``."""
+    bias = None if bias is None else backend.dense(bias)
+    y = backend.kernel("causal_conv1d")(x=_readable(x.transpose(1, 2)), weight=weight, bias=bias, activation=activation)
+    return backend.with_gradient(y, _readable).transpose(1, 2)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """``x [batch, D, L]`` itself if the kernel can read it channels-last, 8 channels at a time, else with time last."""
+    channels, length = x.shape[1:]
+    apart = all(step % 8 == 0 for step in (channels, x.stride(0), x.stride(2))) and x.stride(2) >= channels
+    in_place = length > 1 and x.stride(1) == 1 and apart and x.data_ptr() % 16 == 0
+    return x if in_place else backend.dense(x)
 
 
 def _common_type(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

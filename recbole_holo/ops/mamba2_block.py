@@ -174,10 +174,10 @@ def mamba2_inner(
     d_inner = norm_weight.shape[0]
     if _fused_mamba2(zxbcdt, conv1d_weight.shape[0], d_inner):
         # The function's own default of norm_before_gate is the opposite of that of the module it was written for.
-        return backend.kernel("mamba2_block")(
-            zxbcdt=zxbcdt,
+        y = backend.kernel("mamba2_block")(
+            zxbcdt=backend.dense(zxbcdt),
             conv1d_weight=conv1d_weight,
-            conv1d_bias=conv1d_bias,
+            conv1d_bias=None if conv1d_bias is None else backend.dense(conv1d_bias),
             dt_bias=dt_bias,
             A=A.float(),
             D=D,
@@ -189,6 +189,7 @@ def mamba2_inner(
             ngroups=ngroups,
             norm_before_gate=norm_before_gate,
         )
+        return backend.with_gradient(y)
     z, xbc, dt = zxbcdt.split([d_inner, conv1d_weight.shape[0], A.shape[0]], -1)
     xbc = causal_conv1d(xbc, conv1d_weight, conv1d_bias, "silu")
     y = state_space_dual(**_dual_arguments(xbc, dt, A, D, dt_bias, headdim, ngroups, d_state, chunk_size))

@@ -53,19 +53,20 @@ def mamba_block(hidden: Tensor, weights: MambaWeights) -> Tensor:
         return mamba_native(hidden, weights, half=dtype == torch.bfloat16)[0].to(dtype)
     if implementation == "mamba-ssm":
         w = weights
-        return backend.kernel("mamba_block")(
-            xz=F.linear(hidden, w.in_proj_weight, w.in_proj_bias).transpose(1, 2),
+        out = backend.kernel("mamba_block")(
+            xz=backend.dense(F.linear(hidden, w.in_proj_weight, w.in_proj_bias).transpose(1, 2)),
             conv1d_weight=w.conv1d_weight.unsqueeze(1),
-            conv1d_bias=w.conv1d_bias,
+            conv1d_bias=None if w.conv1d_bias is None else backend.dense(w.conv1d_bias),
             x_proj_weight=w.x_proj_weight,
             delta_proj_weight=w.dt_proj_weight,
             out_proj_weight=w.out_proj_weight,
-            out_proj_bias=w.out_proj_bias,
+            out_proj_bias=None,  # of a bias the function sums the gradient over its channels, too
             A=w.A.float(),
-            D=w.D.float(),
-            delta_bias=w.dt_proj_bias.float(),
+            D=backend.dense(w.D.float()),
+            delta_bias=backend.dense(w.dt_proj_bias.float()),
             delta_softplus=True,
         )
+        return out if w.out_proj_bias is None else out + w.out_proj_bias.to(out.dtype)
     x, z = F.linear(hidden, weights.in_proj_weight, weights.in_proj_bias).chunk(2, -1)
     x = causal_conv1d(x, weights.conv1d_weight, weights.conv1d_bias, "silu")
     y = selective_scan(**_scan_arguments(x, z, weights))

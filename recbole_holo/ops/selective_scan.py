@@ -149,19 +149,15 @@ def _numba(given: ScanArguments) -> Tensor:
 def _cuda(given: ScanArguments) -> Tensor:
     """The kernel takes ``[batch, D, L]``, one type for what changes with time and float32 for the parameters."""
     dtype = given.u.dtype
-    delta, B, C = (t.to(dtype).transpose(1, 2) for t in (given.delta, given.B, given.C))
+    timed = {"u": given.u, "delta": given.delta, "B": given.B, "C": given.C, "z": given.z}
+    fixed = {"D": given.D, "delta_bias": given.delta_bias}
     y = backend.kernel("selective_scan")(
-        u=given.u.transpose(1, 2),
-        delta=delta,
         A=given.A.float(),
-        B=B,
-        C=C,
-        D=None if given.D is None else given.D.float(),
-        z=None if given.z is None else given.z.to(dtype).transpose(1, 2),
-        delta_bias=None if given.delta_bias is None else given.delta_bias.float(),
+        **{name: None if t is None else backend.dense(t.to(dtype).transpose(1, 2)) for name, t in timed.items()},
+        **{name: None if t is None else backend.dense(t.float()) for name, t in fixed.items()},
         delta_softplus=given.delta_softplus,
     )
-    return y.transpose(1, 2)
+    return backend.with_gradient(y).transpose(1, 2)
 
 
 def _with_state_steps(given: ScanArguments, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -226,7 +226,9 @@ class _Decay(torch.autograd.Function):
 
 
 def _cuda(given: DualArguments, chunk_size: int, **states: Any) -> Any:
-    cast = {"A": given.A.float(), "B": given.B.to(given.x.dtype), "C": given.C.to(given.x.dtype)}
+    dtype, D = given.x.dtype, None if given.D is None else backend.adjacent(given.D)
+    cast = {name: backend.adjacent(t.to(dtype)) for name, t in (("x", given.x), ("B", given.B), ("C", given.C))}
+    cast |= {"A": given.A.float(), "D": D}
     return backend.kernel("state_space_dual")(**given._asdict() | cast, chunk_size=chunk_size, **states)
 
 

@@ -78,10 +78,11 @@ def _cuda_mamba(w: MambaWeights) -> Stepper:
     update = backend.kernel("mamba_step")
     rank, order = w.dt_proj_weight.shape[1], w.A.shape[1]
     A, D, dt_bias = w.A.float().contiguous(), w.D.float(), w.dt_proj_bias.float()
+    conv1d_bias = None if w.conv1d_bias is None else backend.dense(w.conv1d_bias)
 
     def step(hidden: Tensor, state: MambaState) -> Tensor:
         x, z = F.linear(hidden, w.in_proj_weight, w.in_proj_bias).chunk(2, -1)
-        x = _convolve(x, state.conv, w.conv1d_weight, w.conv1d_bias)
+        x = _convolve(x, state.conv, w.conv1d_weight, conv1d_bias)
         dt, B, C = F.linear(x, w.x_proj_weight).split([rank, order, order], -1)
         dt = F.linear(dt, w.dt_proj_weight)
         y = update(state.ssm, x, dt, A, B, C, D, z=z, dt_bias=dt_bias, dt_softplus=True)
@@ -96,7 +97,7 @@ def _cuda_mamba2(w: Mamba2Weights, sizes: Mamba2Sizes) -> Stepper:
     blocks, inner = w.norm_weight.shape
     convolved = sizes_by_kind(w, sizes)
     conv1d_weight = kind_by_kind(w.conv1d_weight, convolved, 0)
-    conv1d_bias = None if w.conv1d_bias is None else kind_by_kind(w.conv1d_bias, convolved, 0)
+    conv1d_bias = None if w.conv1d_bias is None else backend.dense(kind_by_kind(w.conv1d_bias, convolved, 0))
     shared, norm_weight = blocks * sizes.ngroups * sizes.d_state, w.norm_weight.flatten()
     # One number a head, as the kernel knows it: with a stride of 0 over channels and states.
     A = w.A.float().flatten()[:, None, None].expand(-1, sizes.headdim, sizes.d_state)

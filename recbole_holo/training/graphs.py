@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging import getLogger
 from typing import Any
 
@@ -87,18 +87,49 @@ class EncoderGraphs:
             object.__delattr__(self.model, "hidden_states")
 
     def _capture(self, eager: Callable[..., Tensor], item_seq: Tensor, times: dict[str, Tensor]) -> None:
-        state = torch.cuda.get_rng_state(item_seq.device)
+        module = _Encoder(self.model, eager, list(times))
+        given = (item_seq.clone(), *(values.clone() for values in times.values()))
         try:
-            module = _Encoder(self.model, eager, list(times))
-            given = (item_seq.clone(), *(values.clone() for values in times.values()))
-            encoder: Any = torch.cuda.make_graphed_callables(module, given, allow_unused_input=True, pool=self._pool)
+            with _as_before(item_seq.device, self._pool):
+                encoder: Any = torch.cuda.make_graphed_callables(
+                    module, given, allow_unused_input=True, pool=self._pool
+                )
             self._encoders[item_seq.shape[1]] = encoder
         except RuntimeError as error:
             if not self.may_fail:
                 raise
             self._failed = True
+            self._encoders.clear()
             _logger.warning(f"cuda_graphs: auto goes on without graphs, the encoder cannot be captured: {error}")
-        torch.cuda.set_rng_state(state, item_seq.device)
+
+
+@contextmanager
+def _as_before(device: torch.device, pool: Any) -> Iterator[None]:
+    """Captures inside the block leave the random state as it was; a capture that fails leaves nothing else behind.
+
+    Where a capture has become invalid, ``CUDAGraph.capture_end`` raises before it has undone what ``capture_begin`` did
+    (torch 2.4 to 2.13): the generator still believes that it is captured, so that the next dropout raises; the
+    allocator, too, so that emptying its cache raises, as it does before memory runs out; and the thread still issues
+    its work to the stream of the capture.
+    """
+    generator, stream = torch.cuda.default_generators[device.index], torch.cuda.current_stream(device)
+    before = generator.clone_state()
+    try:
+        yield
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        generator.graphsafe_set_state(before)
+        with suppress(RuntimeError):  # it failed outside a capture: there is nothing to end
+            _end_allocating(device.index, pool)
+        raise
+    generator.set_state(before.get_state())
+
+
+def _end_allocating(device: int, pool: Any) -> None:
+    """PyTorch has no public name for it; its own use of pools ends so, too."""
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None) or torch._C._cuda_endAllocateCurrentStreamToPool
+    end(device, pool)
+    torch._C._cuda_releasePool(device, pool)
 
 
 class _Encoder(nn.Module):

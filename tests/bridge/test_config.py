@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from recbole_holo.bridge import registry, resources
@@ -70,6 +71,17 @@ def test_sys_argv_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     foreign = Config("RecMamba", "ml-100k", argv=["--epochs=7", "--cov=x", "-q"], foreign_argv=True)
     assert foreign["epochs"] == 7
     assert foreign["cov"] is None
+
+
+def test_each_process_names_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it nccl guesses the device from the rank."""
+    joined: dict[str, Any] = {}
+    for name, answer in (("is_available", True), ("device_count", 2), ("set_device", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.distributed, "init_process_group", joined.update)
+    launch = {"nproc": 2, "world_size": 4, "offset": 2, "local_rank": 1, "ip": "localhost", "port": "1"}
+    Config("HoloMambaRec", "ml-100k", config_dict=launch)
+    assert (joined["rank"], joined["backend"], joined["device_id"]) == (3, "nccl", torch.device("cuda", 1))
 
 
 def test_unknown_keys_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:

@@ -39,7 +39,7 @@ from recbole_holo.ops.seen_items import SeenItems
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 3e-2}
+TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 4e-2}
 TYPES = list(TOLERANCES)
 LENGTHS = (1, 3, 50, 65, 200)
 
@@ -125,6 +125,14 @@ def test_causal_conv1d(dtype, length, channels, activation):
     assert "causal-conv1d" in backend.report()["causal_conv1d"]
 
 
+@pytest.mark.parametrize(("length", "width"), [(1, 32), (1, 19), (8, 32), (8, 19)])
+def test_causal_conv1d_at_an_odd_offset(length, width):
+    """A misaligned load ends the use of the GPU for the process; of one step, contiguous() changes no stride."""
+    needs("causal_conv1d")
+    inputs = [torch.randn(1, length, width), torch.randn(16, 4), torch.randn(16)]
+    compare(lambda x, *weights: causal_conv1d(x[..., 3:19], *weights, "silu"), inputs, torch.float32, typed=())
+
+
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("heads", "width", "groups", "order"), [(2, 64, 1, 64), (8, 16, 4, 16)])
@@ -196,6 +204,7 @@ def test_mamba2_inner(length, norm_before_gate):
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Mamba": (lambda: Mamba(64), (64,)),
     "Mamba, odd width": (lambda: Mamba(25, d_state=7), (25,)),
+    "Mamba of 50, biases": (lambda: Mamba(50, bias=True), (50,)),
     "Mamba2": (lambda: Mamba2(64, d_state=64, headdim=16), (64,)),
     "Mamba2, sizes not multiples of 8": (lambda: Mamba2(20, d_state=18, headdim=8), (20,)),
     "Mamba2, groups": (lambda: Mamba2(64, d_state=16, headdim=16, ngroups=2), (64,)),

@@ -13,6 +13,7 @@ from recbole_holo.bridge import registry
 from recbole_holo.bridge.config import Config
 from recbole_holo.data.loader import create_dataset, data_preparation
 from recbole_holo.ops import backend
+from recbole_holo.quick_start import run
 from recbole_holo.training.trainer import HoloTrainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -123,6 +124,22 @@ def test_graphs_compute_what_eager_steps_do(
             assert (replayed[name] - gradient).abs().max() / scale < tolerance, name
 
 
+def test_training_goes_on_after_a_failed_capture(
+    cyclic_dataset: str, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With dropout, whose generator a failed capture leaves in capture mode, and with the cache emptied."""
+    tiny.update(SETTINGS, cuda_graphs="auto", dropout_prob=0.2)
+    trainer, train = trainer_and_data(cyclic_dataset, "HoloMambaRec", **tiny)
+    eager = trainer.model.hidden_states
+    waiting = lambda items, **times: eager(items, **times) * items.max().item()  # noqa: E731
+    monkeypatch.setattr(trainer.model, "hidden_states", waiting)
+    stream = torch.cuda.current_stream()
+    trainer.fit(train, saved=False, verbose=False)
+    assert "cannot be captured" in caplog.text
+    assert torch.cuda.current_stream() == stream
+    torch.cuda.empty_cache()
+
+
 @pytest.mark.parametrize("model", list(registry.MODELS))
 def test_training_with_graphs_learns_as_without(model: str, cyclic_dataset: str, tiny: dict[str, Any]) -> None:
     """Optimizer, clipping, dropout and validation between replays: the loss falls as it does eagerly."""
@@ -135,3 +152,11 @@ def test_training_with_graphs_learns_as_without(model: str, cyclic_dataset: str,
         falls.append(losses[-1] / losses[0])
     assert falls[0] < 0.9
     assert falls[1] == pytest.approx(falls[0], abs=0.1)
+
+
+def test_peak_memory_is_of_the_run_and_not_of_the_one_before(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
+    def peak(hidden_size: int) -> int:
+        settings = {**tiny, "hidden_size": hidden_size, "epochs": 1}
+        return run("HoloMambaRec", cyclic_dataset, config_dict=settings)["report"]["peak_memory_bytes"]
+
+    assert peak(512) > 2 * peak(16)

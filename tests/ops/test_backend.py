@@ -24,7 +24,7 @@ class OnCuda:
 def _fresh_process(monkeypatch):
     monkeypatch.setattr(backend, "_chosen", {})
     monkeypatch.setattr(backend, "_used", {})
-    monkeypatch.setattr(backend, "_warned", set())
+    monkeypatch.setattr(backend, "_said", set())
 
 
 def test_automatic_choice_on_a_cpu():
@@ -105,6 +105,21 @@ def test_kernels_do_not_take_double(monkeypatch):
     set_backend("cuda")
     with pytest.raises(ConfigError, match=r"do not take torch.float64"):
         choose("selective_scan", OnCuda(torch.float64))
+
+
+def test_rounding_of_products_is_said(monkeypatch, caplog):
+    """Triton multiplies float32 in TF32 unless told otherwise."""
+    monkeypatch.setattr(backend, "_load_kernel", lambda op: (print, ""))
+    with caplog.at_level(logging.INFO, "recbole_holo"):
+        for op in ("selective_scan", "mamba_block", "mamba2_block", "state_space_dual"):
+            choose(op, OnCuda(torch.bfloat16))
+        assert "TF32" not in caplog.text
+        choose("mamba2_block", OnCuda())
+        assert "mamba2_block: float32 is multiplied in TF32; TRITON_F32_DEFAULT=ieee" in caplog.text
+        caplog.clear()
+        monkeypatch.setenv("TRITON_F32_DEFAULT", "ieee")
+        choose("state_space_dual", OnCuda())
+        assert "TF32" not in caplog.text
 
 
 def test_no_compiler_is_said_and_replaced(monkeypatch, caplog):

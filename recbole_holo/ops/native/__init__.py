@@ -4,6 +4,15 @@ Compiling here, not when the package is installed, lets one pure-Python wheel us
 lands on (the width of a vector decides the speed), also from a checkout and in an editable install; it takes some
 seconds once. Without a compiler the numba scan and PyTorch's products run instead, two to four times slower for a whole
 layer (results/layers-cpu.md), and the log says so.
+
+What is kept ends in a checksum of itself: a file that a full disk or a crash of the machine left incomplete is compiled
+anew. It is loaded only where none but the user and root could have written it.
+
+``RECBOLE_HOLO_SANITIZE=1`` compiles in checks of every address and of undefined behaviour, which end the process with a
+report. The address checks have to be in the process from its start, so the kernels' tests run under them as ::
+
+    RECBOLE_HOLO_SANITIZE=1 LD_PRELOAD="$(c++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \\
+        python -m pytest tests/ops tests/layers
 """
 
 from __future__ import annotations
@@ -13,10 +22,14 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
+import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from functools import cache
+from logging import getLogger
 from pathlib import Path
 
 import torch
@@ -39,6 +52,9 @@ SOURCES = (
 LOG2_E = 1.4426950408889634  # the kernels take decays as powers of two
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fno-exceptions", "-fno-math-errno", "-shared", "-fPIC")
+_DIGEST = hashlib.sha256().digest_size
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
+SECONDS = 300  # that a compiler may take in all; it takes some seconds, on a busy machine a minute
 
 
 class NativeError(Exception):
@@ -50,8 +66,10 @@ def library() -> ctypes.CDLL:
     """The compiled kernels.
 
     Raises:
-        NativeError: there is no compiler, or it failed.
+        NativeError: there is no compiler, or it failed or did not end.
     """
+    if _sanitized() and not hasattr(ctypes.CDLL(None), "__asan_init"):  # loading them would end the process
+        raise NativeError("RECBOLE_HOLO_SANITIZE wants LD_PRELOAD (recbole_holo/ops/native/__init__.py says how)")
     try:
         return load(build())
     except OSError as error:
@@ -78,13 +96,18 @@ def problem() -> str:
 
 def build(sources: Sequence[Path] | None = None, name: str = "kernels") -> Path:
     """The shared library of the kernels, or of other ``sources`` that include their headers, for this compiler and this
-    processor, compiled if the cache lacks it."""
+    processor, compiled if the cache lacks it.
+
+    Raises:
+        NativeError: there is no compiler, it failed or did not end, or there is no folder to keep the kernels in.
+    """
     compiler = _compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    until = time.monotonic() + SECONDS
+    version = _run([compiler, "--version"], until).stdout
     native = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
     # Compilers shorten vectors where long ones once slowed the clock; without OpenMP there is one thread.
     attempts = [
-        [*FLAGS, native, *wide, *threads]
+        [*FLAGS, *(SANITIZERS if _sanitized() else ()), native, *wide, *threads]
         for wide in (["-mprefer-vector-width=512"], [])
         for threads in (["-fopenmp"], [])
     ]
@@ -93,20 +116,53 @@ def build(sources: Sequence[Path] | None = None, name: str = "kernels") -> Path:
     sources = [folder / source for source in SOURCES] if sources is None else sources
     for source in sorted({*sources, *folder.glob("*.[ch]*")}):
         key.update(source.read_bytes())
+    reasons = []
     for cache_folder in _cache_folders():
         target = cache_folder / f"{name}-{key.hexdigest()[:20]}.so"
-        if target.exists():
-            return target
         try:
-            cache_folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache_folder) as scratch:
-                made = Path(scratch) / target.name
-                _compile(compiler, attempts, sources, made)
-                os.replace(made, target)  # whole or not at all, also when several processes compile at once
-        except OSError:
-            continue  # not writable: the next folder
-        return target
-    raise NativeError(f"no folder to keep them in is writable: {', '.join(map(str, _cache_folders()))}")
+            cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            reason = _open_to_others(cache_folder) or _open_to_others(target)
+            if not reason and not _is_whole(target):
+                with tempfile.TemporaryDirectory(dir=cache_folder) as scratch:
+                    made = Path(scratch) / target.name
+                    _compile(compiler, attempts, sources, made, until)
+                    _seal(made)
+                    os.replace(made, target)  # whole or not at all, also when several processes compile at once
+        except OSError as error:
+            reason = f"{cache_folder} cannot be used: {error.strerror}"
+        if not reason:
+            if reasons:
+                getLogger("recbole_holo").warning(
+                    "the C++ kernels are kept in %s: %s", cache_folder, "; ".join(reasons)
+                )
+            return target
+        reasons.append(reason)
+    raise NativeError(f"there is no folder to keep them in: {'; '.join(reasons)}")
+
+
+def _open_to_others(path: Path) -> str:
+    """Why what lies at ``path`` may have been put there by somebody else; empty if only the user and root could."""
+    if not os.path.lexists(path):
+        return ""
+    link, target = path.lstat(), path.stat()  # of a symbolic link both count
+    if {link.st_uid, target.st_uid} - {0, os.geteuid()}:
+        return f"{path} belongs to another user"
+    if target.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others may write to {path} (chmod go-w)"
+    return ""
+
+
+def _seal(path: Path) -> None:
+    """Appends the checksum of a file to it; what loads a library reads over what follows its last section."""
+    path.chmod(0o700)
+    with path.open("r+b") as file:
+        digest = hashlib.sha256(file.read()).digest()
+        file.write(digest)
+
+
+def _is_whole(path: Path) -> bool:
+    content = path.read_bytes() if path.exists() else b""
+    return hashlib.sha256(content[:-_DIGEST]).digest() == content[-_DIGEST:]
 
 
 def _compiler() -> str:
@@ -117,15 +173,39 @@ def _compiler() -> str:
     raise NativeError(f"no C++ compiler found ({', '.join(COMPILERS)}, or the one named by CXX)")
 
 
-def _compile(compiler: str, attempts: list[list[str]], sources: Sequence[Path], target: Path) -> None:
+def _sanitized() -> bool:
+    return os.environ.get("RECBOLE_HOLO_SANITIZE", "") not in ("", "0")
+
+
+def _compile(compiler: str, attempts: list[list[str]], sources: Sequence[Path], target: Path, until: float) -> None:
     failure = ""
     for flags in attempts:
         command = [compiler, *flags, f"-I{Path(__file__).parent}", *map(str, sources), "-o", str(target)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = _run(command, until)
         if done.returncode == 0:
             return
         failure = done.stderr.strip()[-400:]
     raise NativeError(f"{compiler} failed: {failure}")
+
+
+def _run(command: list[str], until: float) -> subprocess.CompletedProcess[str]:
+    """Runs a compiler to its end, or ends it and what it started at the time ``until``."""
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=max(until - time.monotonic(), 0))
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise NativeError(f"{command[0]} did not end within {SECONDS} s") from None
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def _processor() -> str:
@@ -139,8 +219,7 @@ def _processor() -> str:
 def _cache_folders() -> list[Path]:
     base = os.environ.get("XDG_CACHE_HOME")
     home = Path(base or os.path.expanduser("~/.cache"))
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    return [home / "recbole_holo", Path(tempfile.gettempdir()) / f"recbole_holo-{user}"]
+    return [home / "recbole_holo", Path(tempfile.gettempdir()) / f"recbole_holo-{os.geteuid()}"]
 
 
 # ------------------------------------------------------------------ what the callers of the kernels share
