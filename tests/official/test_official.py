@@ -31,7 +31,8 @@ pytestmark = pytest.mark.skipif(
     "RECBOLE_HOLO_OFFICIAL" not in os.environ, reason="the official sources are not here: .ci/official gets them"
 )
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}  # of values
+OF_GRADIENTS = {torch.float32: 1e-4, torch.bfloat16: 8e-2}  # sums that cancel among them
 TYPES = list(TOLERANCE)
 
 
@@ -53,7 +54,7 @@ def compare(
     references = torch.autograd.grad(expected, double, weights.to(y.dtype).double())
     assert_close(y, expected, TOLERANCE[dtype], "value")
     for i, (a, b) in enumerate(zip(gradients, references, strict=True)):
-        assert_close(a, b, 2 * TOLERANCE[dtype], f"gradient {i}")
+        assert_close(a, b, OF_GRADIENTS[dtype], f"gradient {i}")
 
 
 def step_bias(size: int) -> Tensor:
@@ -218,11 +219,10 @@ def test_a_block(name: str, batch: int, length: int, dtype: torch.dtype) -> None
     weights = torch.randn_like(expected)
     (expected * weights).sum().backward()
     (y.float() * weights.float()).sum().backward()
-    tolerance = TOLERANCE[dtype]
-    assert_close(y, expected, tolerance, "value")
-    assert_close(x.grad, x_exact.grad, 2 * tolerance, "gradient of the input")
+    assert_close(y, expected, TOLERANCE[dtype], "value")
+    assert_close(x.grad, x_exact.grad, OF_GRADIENTS[dtype], "gradient of the input")
     for (parameter, a), b in zip(block.named_parameters(), exact.parameters(), strict=True):
-        assert_close(a.grad, b.grad, 2 * tolerance, f"gradient of {parameter}")
+        assert_close(a.grad, b.grad, OF_GRADIENTS[dtype], f"gradient of {parameter}")
 
 
 @pytest.mark.parametrize("sizes", [{"d_state": 8, "headdim": 16}, {"d_state": 5, "headdim": 4}])
@@ -292,7 +292,7 @@ def test_a_model(preset: str, hidden_size: int) -> None:
     for (name, a), b in zip(model.named_parameters(), exact.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), name
         if b.grad is not None:
-            assert_close(a.grad, b.grad, 5e-5, name)
+            assert_close(a.grad, b.grad, OF_GRADIENTS[torch.float32], name)
 
 
 # ------------------------------------------------------------------------------------------------ the references
