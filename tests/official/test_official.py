@@ -87,14 +87,16 @@ def test_selective_scan(dtype, batch, length, width, order) -> None:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("batch", "length"), [(3, 1), (1, 1), (2, 3), (1, 8), (2, 65)])
-@pytest.mark.parametrize(("heads", "width", "groups", "order"), [(2, 16, 1, 16), (6, 5, 2, 7), (1, 1, 1, 1)])
+@pytest.mark.parametrize(
+    ("batch", "length", "heads", "width", "groups", "order"),
+    [(2, 1, 2, 16, 1, 16), (1, 17, 2, 16, 1, 16), (1, 8, 4, 5, 2, 7), (1, 1, 1, 1, 1, 1)],
+)
 def test_state_space_dual_from_a_state_to_a_state(dtype, batch, length, heads, width, groups, order) -> None:
     x, dt = torch.randn(batch, length, heads, width), 0.5 * torch.randn(batch, length, heads)
     A, B, C = -torch.empty(heads).uniform_(1, 16), *torch.randn(2, batch, length, groups, order)
 
     def run(*inputs: Tensor) -> Tensor:
-        y, last = state_space_dual_with_state(*inputs[:-1], initial_state=inputs[-1])
+        y, last = state_space_dual_with_state(*inputs[:-1], initial_state=inputs[-1], chunk_size=16)
         return torch.cat([y.flatten().to(last), last.flatten()])
 
     inputs = [x, dt, A, B, C, torch.randn(heads), step_bias(heads), torch.randn(batch, heads, width, order)]
@@ -159,8 +161,8 @@ def test_views_into_the_scan(name, batch, length) -> None:
     compare(run, [torch.randn(4096), rates(8, 3), torch.randn(batch, length, 3), torch.randn(16), step_bias(16)])
 
 
-@pytest.mark.parametrize("name", VIEWS)
-@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 1), (1, 8)])
+@pytest.mark.parametrize("name", ["at an odd offset", "contiguous at an odd offset", "time last", "one step repeated"])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 8)])
 def test_views_into_the_fused_mamba2(name, batch, length) -> None:
     """The convolution reads its channels in place, 8 at a time, among those of z, x, B, C and dt."""
     sizes = {"norm_eps": 1e-5, "headdim": 2, "ngroups": 1, "d_state": 4, "chunk_size": 16}
@@ -174,13 +176,13 @@ def test_views_into_the_fused_mamba2(name, batch, length) -> None:
     assert "mamba-ssm" in backend.report()["mamba2_block"]
 
 
-@pytest.mark.parametrize("name", VIEWS)
-@pytest.mark.parametrize(("batch", "length"), [(1, 1), (2, 8)])
+@pytest.mark.parametrize("name", ["second half", "part of the time", "one channel repeated"])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 8)])
 def test_views_into_the_dual(name, batch, length) -> None:
     def run(buffer: Tensor, dt: Tensor, A: Tensor, D: Tensor) -> Tensor:
         x = VIEWS[name](buffer, batch, length, 4)
         B = VIEWS[name](buffer, batch, length, 1).unsqueeze(-1)  # one group, one state: strides of any size
-        return behind(state_space_dual(x.unflatten(-1, (1, 4)), dt, A, B, B, D[::2][:1], None).flatten(2))
+        return behind(state_space_dual(x.unflatten(-1, (1, 4)), dt, A, B, B, D[::2][:1], None, True, 16).flatten(2))
 
     compare(run, [torch.randn(4096), torch.randn(batch, length, 1), -torch.rand(1) - 1, torch.randn(3)])
 
@@ -192,22 +194,25 @@ BLOCKS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
     "mamba of an odd inner width": (lambda: Mamba(15, expand=1, d_state=7), (15,)),
     "mamba with biases": (lambda: Mamba(12, d_state=4, bias=True, d_conv=3), (12,)),
     "mamba without a bias of the convolution": (lambda: Mamba(16, conv_bias=False, d_conv=2), (16,)),
-    "mamba2": (lambda: Mamba2(64, d_state=16, headdim=16), (64,)),
-    "mamba2 of 50": (lambda: Mamba2(50, d_state=16), (50,)),
-    "mamba2 of an odd inner width": (lambda: Mamba2(15, expand=1, d_state=6, headdim=5), (15,)),
-    "mamba2 with biases and groups": (lambda: Mamba2(16, d_state=8, headdim=4, ngroups=2, bias=True), (16,)),
-    "latent mamba2": (lambda: LatentMamba2(4, 8, d_state=8, headdim=4, ngroups=2), (4, 8)),
-    "latent mamba2 of odd widths": (lambda: LatentMamba2(3, 5, d_state=6, headdim=5), (3, 5)),
+    "mamba2": (lambda: Mamba2(64, d_state=16, headdim=16, chunk_size=16), (64,)),
+    "mamba2 of 50": (lambda: Mamba2(50, d_state=16, chunk_size=16), (50,)),
+    "mamba2 of an odd inner width": (lambda: Mamba2(15, expand=1, d_state=6, headdim=5, chunk_size=16), (15,)),
+    "mamba2 with biases and groups": (
+        lambda: Mamba2(16, d_state=8, headdim=4, ngroups=2, bias=True, chunk_size=16),
+        (16,),
+    ),
+    "latent mamba2": (lambda: LatentMamba2(4, 8, d_state=8, headdim=4, ngroups=2, chunk_size=16), (4, 8)),
+    "latent mamba2 of odd widths": (lambda: LatentMamba2(3, 5, d_state=6, headdim=5, chunk_size=16), (3, 5)),
 }
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize(("batch", "length"), [(3, 1), (1, 1), (2, 3), (1, 64), (2, 65)])
+@pytest.mark.parametrize(("batch", "length"), [(2, 1), (1, 1), (2, 3), (1, 17)])
 @pytest.mark.parametrize("dtype", TYPES)
 def test_a_block(name: str, batch: int, length: int, dtype: torch.dtype) -> None:
     """A bias of the output projection, whose gradient the official function gives as one number, among them."""
-    if dtype == torch.bfloat16 and length > 3:
-        pytest.skip("what the types change shows in short sequences")
+    if dtype == torch.bfloat16 and length != 3:
+        pytest.skip("what the types change shows in three steps")
     build_block, shape = BLOCKS[name]
     exact = build_block().double()
     block = copy.deepcopy(exact).float()
@@ -238,17 +243,17 @@ def test_mamba2_of_sizes_that_are_no_multiples_of_8_is_composed_and_says_so(size
 def test_parts_of_a_sequence_and_steps_go_on_from_each_other(name: str) -> None:
     """Parts that begin at any step, the last of them a single one; then steps, with the states in rows of a table."""
     build_block, shape = BLOCKS[name]
-    block, x = build_block().eval(), torch.randn(2, 14, *shape)
+    block, x = build_block().eval(), torch.randn(2, 12, *shape)
     with torch.no_grad():
         expected = copy.deepcopy(block).double()(x.double())
         state, outputs = None, []
-        for part in x[:, :11].split([1, 7, 2, 1], 1):
+        for part in x[:, :9].split([1, 7, 1], 1):
             y, state = block.forward_from(part, state)
             outputs.append(y)
         sizes = [t[0].numel() for t in state]
         table = torch.cat([t.flatten(1) for t in state], 1)
         rows = MambaState(*(t.view_as(s) for t, s in zip(table.split(sizes, 1), state, strict=True)))
-        outputs += [block.step(x[:, t], rows).unsqueeze(1) for t in range(11, 14)]
+        outputs += [block.step(x[:, t], rows).unsqueeze(1) for t in range(9, 12)]
     assert_close(torch.cat(outputs, 1), expected, 1e-5, "value")
     assert {"mamba_step", "mamba2_step"} & backend.report().keys()
 
@@ -270,11 +275,13 @@ def test_a_step_in_bfloat16(name: str, batch: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ whole models
-@pytest.mark.parametrize("preset", [name + suffix for name in STATE_SPACE for suffix in ("", "_paper")])
-@pytest.mark.parametrize("hidden_size", [50, 64])
+@pytest.mark.parametrize(
+    ("preset", "hidden_size"),
+    [(name, size) for name in STATE_SPACE for size in (50, 64)] + [(f"{name}_paper", 64) for name in STATE_SPACE],
+)
 def test_a_model(preset: str, hidden_size: int) -> None:
     """Loss and gradients of a batch with rows of 9, 4 and 1 events, and the scores of a batch of one event."""
-    sizes = {"hidden_size": hidden_size, "MAX_ITEM_LIST_LENGTH": 9, "num_layers": 2, "num_negatives": 8}
+    sizes = {"hidden_size": hidden_size, "MAX_ITEM_LIST_LENGTH": 9, "num_layers": 1, "chunk_size": 16}
     without = dict.fromkeys(("dropout_prob", "layer_dropout_prob", "hidden_dropout_prob", "attn_dropout_prob"), 0.0)
     exact = build(preset, **sizes, **without).double()
     model = copy.deepcopy(exact).float()
