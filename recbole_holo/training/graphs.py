@@ -127,9 +127,10 @@ def _as_before(device: torch.device, pool: Any) -> Iterator[None]:
 
 def _end_allocating(device: int, pool: Any) -> None:
     """PyTorch has no public name for it; its own use of pools ends so, too."""
-    end = getattr(torch._C, "_cuda_endAllocateToPool", None) or torch._C._cuda_endAllocateCurrentStreamToPool
+    of_torch: Any = torch._C
+    end = getattr(of_torch, "_cuda_endAllocateToPool", None) or of_torch._cuda_endAllocateCurrentStreamToPool
     end(device, pool)
-    torch._C._cuda_releasePool(device, pool)
+    of_torch._cuda_releasePool(device, pool)
 
 
 class _Encoder(nn.Module):

@@ -116,7 +116,7 @@ def build(sources: Sequence[Path] | None = None, name: str = "kernels") -> Path:
     sources = [folder / source for source in SOURCES] if sources is None else sources
     for source in sorted({*sources, *folder.glob("*.[ch]*")}):
         key.update(source.read_bytes())
-    reasons = []
+    reasons: list[str] = []
     for cache_folder in _cache_folders():
         target = cache_folder / f"{name}-{key.hexdigest()[:20]}.so"
         try:
