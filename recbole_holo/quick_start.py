@@ -121,8 +121,6 @@ def _run_in_group(rank: int, work: partial[dict[str, Any]]) -> dict[str, Any]:
 def _run(model, dataset, config_file_list, settings, saved, test, argv, callback_fn=None) -> dict[str, Any]:
     config = Config(model, dataset, config_file_list, settings, argv)
     trainer, train_data, valid_data, test_data = prepare(config)
-    if config["device"].type == "cuda":
-        torch.cuda.reset_peak_memory_stats(config["device"])  # an earlier run's in this process
     if config["resume"]:
         trainer.resume_checkpoint(config["resume"])
     best_score, best_result = trainer.fit(

@@ -389,19 +389,10 @@ def _free_port() -> int:
 
 def test_peak_memory_begins_anew_with_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a GPU it is the process's; the run before may have needed more."""
-
-    class Reached(Exception):
-        pass
-
-    class Stopped:
-        def fit(self, *data: Any, **settings: Any) -> None:
-            assert reset == [torch.device("cuda", 0)]
-            raise Reached
-
     reset: list[torch.device] = []
-    settings = {"device": torch.device("cuda", 0), "resume": None, "show_progress": False}
-    monkeypatch.setattr(quick_start, "Config", lambda *given: settings)
-    monkeypatch.setattr(quick_start, "prepare", lambda config: (Stopped(), None, None, None))
+    config: Any = {"backend": "auto", "device": torch.device("cuda", 0), "seed": 1, "reproducibility": True}
+    for name in ("init_seed", "start_log"):
+        monkeypatch.setattr(quick_start, name, lambda *given: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset.append)
-    with pytest.raises(Reached):
-        run("HoloMambaRec", "toy")
+    quick_start._start(config)
+    assert reset == [config["device"]]

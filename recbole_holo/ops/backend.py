@@ -170,7 +170,7 @@ def report() -> dict[str, str]:
 def forget_report() -> None:
     """From here on a new report, and everything is logged anew: a run begins."""
     _used.clear()
-    _warned.clear()
+    _said.clear()
     _chosen.clear()
 
 
