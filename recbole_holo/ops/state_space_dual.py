@@ -226,10 +226,14 @@ class _Decay(torch.autograd.Function):
 
 
 def _cuda(given: DualArguments, chunk_size: int, **states: Any) -> Any:
-    dtype, D = given.x.dtype, None if given.D is None else backend.adjacent(given.D)
-    cast: dict[str, Tensor | None] = {"A": given.A.float(), "D": D}
-    cast |= {name: backend.adjacent(t.to(dtype)) for name, t in (("x", given.x), ("B", given.B), ("C", given.C))}
-    return backend.kernel("state_space_dual")(**given._asdict() | cast, chunk_size=chunk_size, **states)
+    given = given._replace(
+        x=backend.adjacent(given.x),
+        A=given.A.float(),
+        B=backend.adjacent(given.B.to(given.x.dtype)),
+        C=backend.adjacent(given.C.to(given.x.dtype)),
+        D=None if given.D is None else backend.adjacent(given.D),
+    )
+    return backend.kernel("state_space_dual")(**given._asdict(), chunk_size=chunk_size, **states)
 
 
 def _check_groups(x: Tensor, B: Tensor) -> None:
