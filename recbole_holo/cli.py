@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from recbole_holo.bridge.compat import quiet_recbole
 from recbole_holo.errors import ConfigError
 from recbole_holo.openmp import set_waiting
 
@@ -43,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     of several that died, else 0."""
     args, settings = parser().parse_known_args(argv)
     set_waiting()  # before anything that loads PyTorch
+    with quiet_recbole(in_the_command=True):
+        return _run(args, settings)
+
+
+def _run(args: argparse.Namespace, settings: list[str]) -> int:
     from recbole_holo.training import launch
 
     files = args.config_files.split()

@@ -18,7 +18,7 @@ from recbole.utils import init_seed
 from torch import Tensor
 
 from recbole_holo.bridge import checkpoint, registry
-from recbole_holo.bridge.compat import quiet_recbole
+from recbole_holo.bridge.compat import quiet_recbole, recboles_refusals
 from recbole_holo.bridge.config import Config
 from recbole_holo.bridge.host import drawing_apart, guest, start_log, visible_devices_kept
 from recbole_holo.data.catalogue import Catalogue
@@ -103,7 +103,7 @@ def run(
         callback_fn=None if several else callback_fn,
     )
     if several:
-        return launch.together(partial(_run_in_group, work=work), nproc)
+        return launch.together(partial(_run_in_own_process, work=work), nproc)
     return work() if group is None else _run_in_group(group["local_rank"], work)
 
 
@@ -114,6 +114,12 @@ def _run_in_group(rank: int, work: partial[dict[str, Any]]) -> dict[str, Any]:
     if not joined:
         torch.distributed.destroy_process_group()
     return result
+
+
+@quiet_recbole(in_the_command=True)
+def _run_in_own_process(rank: int, work: partial[dict[str, Any]]) -> dict[str, Any]:
+    """The same, where the process is one that was started for it."""
+    return _run_in_group(rank, work)
 
 
 @guest()
@@ -296,7 +302,8 @@ def _start(config: Config) -> None:
 
 
 def _build_model(config: Config, train_data: Any) -> Any:
-    return registry.get_model_class(config["model"])(config, train_data._dataset).to(config["device"])
+    with recboles_refusals(f"model {config['model']}"):
+        return registry.get_model_class(config["model"])(config, train_data._dataset).to(config["device"])
 
 
 def _with_weights(model: Any, state: dict[str, Any]) -> Any:

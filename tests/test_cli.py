@@ -35,6 +35,7 @@ def test_the_command_trains_and_prints_the_table(cyclic_dataset: str, tiny: dict
     ):
         assert text in done.stdout
     assert "Train     0" in done.stderr  # the progress bar
+    assert "Warning" not in done.stderr  # RecBole's and pandas': dozens of lines of FutureWarning
 
 
 def test_config_files_and_flags(cyclic_dataset: str, tiny: dict[str, Any], tmp_path: Path, capsys: Any) -> None:

@@ -24,6 +24,8 @@ import logging
 import os
 import re
 import sys
+import threading
+import traceback
 import types
 import warnings
 from abc import ABC, abstractmethod
@@ -34,7 +36,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from recbole_holo.errors import ConfigError, nearest
+from recbole_holo.errors import ConfigError, DataError, nearest
 
 DISABLE_VARIABLE = "RECBOLE_HOLO_DISABLE_SHIMS"
 
@@ -504,13 +506,52 @@ _HARMLESS: tuple[tuple[str, type[Warning], str], ...] = (
 )
 
 
+# In a process of the command's: all that these libraries warn of, which nobody who runs it can act on.
+_ALL_OF_THEIRS = ((r"", Warning, r"(recbole|pandas)(\.|$)"),)
+
+Filter = tuple[str, re.Pattern[str], type[Warning], re.Pattern[str], int]
+_quiet_lock = threading.Lock()
+
+
 @contextmanager
-def quiet_recbole() -> Iterator[None]:
+def quiet_recbole(in_the_command: bool = False) -> Iterator[None]:
     """Silence the harmless warnings that RecBole 1.2 sets off in current libraries, inside the block only.
 
-    The one place where this package filters warnings. Anything not listed still shows.
+    The one place where this package filters warnings. Anything not listed still shows. Filters that somebody else sets
+    meanwhile, in this thread or another, stay as they are, unlike with :func:`warnings.catch_warnings`.
+
+    Args:
+        in_the_command: the process is the command's own, whose users see none of RecBole's and pandas' warnings.
     """
-    with warnings.catch_warnings():
-        for message, category, module in _HARMLESS:
-            warnings.filterwarnings("ignore", message=message, category=category, module=module)
+    own: list[Filter] = [
+        ("ignore", re.compile(message, re.IGNORECASE), category, re.compile(module), 0)
+        for message, category, module in (*_HARMLESS, *(_ALL_OF_THEIRS if in_the_command else ()))
+    ]
+    with _quiet_lock:
+        where: Any = warnings.filters
+        where[:0] = own
+    try:
         yield
+    finally:
+        with _quiet_lock:
+            # Whoever entered catch_warnings() inside of the block left a copy of the list behind.
+            current: Any = warnings.filters
+            for filters in (where, current):
+                filters[:] = [one for one in filters if not any(one is mine for mine in own)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@contextmanager
+def recboles_refusals(what: str) -> Iterator[None]:
+    """Turns what RecBole itself refuses inside the block (``raise ValueError(...)`` in its files) into a DataError of
+    one line about ``what``; an error out of another library's files stays as it is."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
+        raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+        if isinstance(error, (ConfigError, DataError)) or f"{os.sep}recbole{os.sep}" not in raised_in:
+            raise
+        raise DataError(f"{what}: {' '.join(str(error).split())}") from error

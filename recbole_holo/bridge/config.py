@@ -15,14 +15,12 @@ import torch
 import yaml
 from recbole.config import Config as RecBoleConfig
 from recbole.evaluator import metric_types
-from recbole.utils import ModelType
+from recbole.utils import EvaluatorType, ModelType
 
-from recbole_holo.bridge import registry, resources
+from recbole_holo.bridge import registry, resources, settings
 from recbole_holo.bridge.metric_names import UNSEEN, kept_name, two_columns, valid_metric
-from recbole_holo.data import splits
-from recbole_holo.data.order import TIES, TIME_PRECISIONS
+from recbole_holo.data import atomic_files, splits
 from recbole_holo.errors import ConfigError, DataError, nearest, nearest_names
-from recbole_holo.ops.backend import BACKENDS
 
 _logger = getLogger("recbole_holo")
 
@@ -117,13 +115,13 @@ class Config(RecBoleConfig):
 
     # ------------------------------------------------------------------ sources
     def _load_config_files(self, file_list: Iterable[str] | None) -> dict[str, Any]:
-        settings: dict[str, Any] = {}
+        read: dict[str, Any] = {}
         for name in file_list or ():
-            settings.update(self._read_yaml(resolve_config_file(name)))
-        return settings
+            read.update(self._read_yaml(resolve_config_file(name)))
+        return read
 
     def _load_cmd_line(self) -> dict[str, Any]:
-        settings: dict[str, Any] = {}
+        given: dict[str, Any] = {}
         for word in self._argv:
             key, equals, value = word.removeprefix("--").partition("=")
             if not (word.startswith("--") and equals and key):
@@ -131,10 +129,10 @@ class Config(RecBoleConfig):
                     continue
                 _logger.warning(f"command line: {word!r} is ignored; settings are written --key=value")
                 continue
-            if key in settings and settings[key] != value:
-                raise ConfigError(key, value, f"the command line also says {settings[key]!r}; give one value")
-            settings[key] = value
-        return self._convert_config_dict(settings)
+            if key in given and given[key] != value:
+                raise ConfigError(key, value, f"the command line also says {given[key]!r}; give one value")
+            given[key] = value
+        return self._convert_config_dict(given)
 
     def _convert_config_dict(self, config_dict: dict[str, Any]) -> dict[str, Any]:
         """Strings that are Python literals or yaml booleans become values. RecBole calls ``eval`` here."""
@@ -147,8 +145,11 @@ class Config(RecBoleConfig):
             raise ConfigError("model", None, "name one: --model=HoloMambaRec")
         if dataset is None:
             raise ConfigError("dataset", None, "name one: --dataset=ml-100k")
+        settings.SETTINGS["dataset"].check("dataset", dataset)
         if isinstance(model, str):
             return model, registry.get_model_class(model), dataset
+        if not isinstance(model, type):
+            raise ConfigError("model", model, "use a model's name, such as HoloMambaRec")
         return model.__name__, model, dataset
 
     def _load_internal_config_dict(self, model: str, model_class: Any, dataset: str) -> None:
@@ -167,19 +168,35 @@ class Config(RecBoleConfig):
 
     def _read_yaml(self, path: Path) -> dict[str, Any]:
         try:
-            settings = yaml.load(path.read_text(encoding="utf-8"), Loader=self.yaml_loader)
-        except yaml.YAMLError as error:
-            raise ConfigError("config file", str(path), f"it is not well-formed yaml: {error}") from error
-        if settings is None:
+            read = yaml.load(
+                path.read_text(encoding="utf-8"), Loader=type("_Loader", (_OneValueAKey, self.yaml_loader), {})
+            )
+        except UnicodeDecodeError as error:
+            line = error.object[: error.start].count(b"\n") + 1
+            remedy = f"byte 0x{error.object[error.start]:02x} in line {line} is no UTF-8; convert it"
+            raise ConfigError("config file", str(path), remedy) from error
+        except OSError as error:
+            raise ConfigError("config file", str(path), f"it cannot be read: {error.strerror}") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that is none
+            reason = " ".join(str(error).split())
+            raise ConfigError("config file", str(path), f"it is not well-formed yaml: {reason}") from error
+        if read is None:
             return {}
-        if not isinstance(settings, dict):
+        if not isinstance(read, dict):
             raise ConfigError("config file", str(path), "it must hold `key: value` lines")
-        return settings
+        return read
 
     # ------------------------------------------------------------------ the final settings
     def _get_final_config_dict(self) -> dict[str, Any]:
         final = super()._get_final_config_dict()
         sequential = self.internal_config_dict["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        settings.check(
+            {**final, "dataset": self.dataset},
+            self.internal_config_dict,
+            ours=registry.is_the_packages(self.model),
+            sequential=sequential,
+        )
+        final["encoding"] = atomic_files.text_encoding(final.get("encoding"))
         if sequential and final.get("loss_type") == "CE" and "train_neg_sample_args" not in self.external_config_dict:
             final["train_neg_sample_args"] = None  # RecBole's default stands in the way of its own CE models
         final["eval_args"] = splits.with_order(final.get("eval_args"), sequential)
@@ -207,9 +224,7 @@ class Config(RecBoleConfig):
         user, item = final["USER_ID_FIELD"], final["ITEM_ID_FIELD"]
         file = Path(final["data_path"], self.dataset, f"{self.dataset}.inter")
         if file.is_file():  # else it is downloaded first, and RecBole's downloads have the usual names
-            with open(file, encoding=final.get("encoding"), errors="replace") as lines:
-                header = lines.readline().rstrip("\n").split(final["field_separator"])
-            columns = [column.split(":")[0] for column in header]
+            columns = list(atomic_files.read_header(file, atomic_files.Form.of(final)))
             for field, what in (("USER_ID_FIELD", "users"), ("ITEM_ID_FIELD", "items")):
                 if final[field] not in columns:
                     raise DataError(
@@ -269,12 +284,30 @@ class Config(RecBoleConfig):
             if metric.lower() not in metric_types:
                 raise ConfigError("metrics", metric, nearest(metric, metric_types))
         topk = [final["topk"]] if isinstance(final["topk"], int) else final["topk"]
-        if not (isinstance(topk, list) and topk and all(type(k) is int and k >= 1 for k in topk)):
-            raise ConfigError("topk", final["topk"], "use whole numbers of at least 1, such as [10, 20]")
         final["valid_metric"] = chosen_by = valid_metric(final["valid_metric"], metrics, topk)
         if self.ranks_general and two_columns(metrics):
             final["valid_metric"] = kept_name(chosen_by) + UNSEEN  # RecBole's own choice for these models
+        self._check_what_recbole_refuses(final, metrics)
         super()._set_default_parameters()
+        if "MODEL_INPUT_TYPE" not in final:
+            raise ConfigError("loss_type", final["loss_type"], f"{self.model} knows CE and BPR")
+
+    def _check_what_recbole_refuses(self, final: Mapping[str, Any], metrics: Sequence[str]) -> None:
+        kinds = {metric_types[metric.lower()] for metric in metrics}
+        if len(kinds) > 1:
+            remedy = "metrics of rankings and of single scores cannot be measured together: use one kind"
+            raise ConfigError("metrics", metrics, remedy)
+        mode = final["eval_args"].get("mode", "full")
+        if kinds == {EvaluatorType.VALUE} and "full" in (mode.values() if isinstance(mode, dict) else [mode]):
+            raise ConfigError("metrics", metrics, "they are of single scores: use eval_args mode: labeled or uni100")
+        sequential = not self.ranks_general
+        if sequential and not final.get("repeatable"):
+            raise ConfigError("repeatable", final.get("repeatable"), "models of sequences evaluate repeats: use True")
+        negatives = final.get("train_neg_sample_args")
+        by_loss = sequential and not hasattr(self.model_class, "input_type")
+        if by_loss and final.get("loss_type") == "CE" and negatives is not None:
+            remedy = "loss_type: CE is over all items and draws no negatives: use ~"
+            raise ConfigError("train_neg_sample_args", negatives, remedy)
 
     @property
     def ranks_general(self) -> bool:
@@ -283,35 +316,19 @@ class Config(RecBoleConfig):
 
     def _check_values(self) -> None:
         final = self.final_config_dict
-        if final.get("backend", "auto") not in BACKENDS:
-            raise ConfigError("backend", final["backend"], nearest(final["backend"], BACKENDS))
         if final.get("backend") == "cuda" and final["device"].type != "cuda":
             raise ConfigError("backend", "cuda", "no GPU can be used (use_gpu, gpu_id, python -m recbole_holo.doctor)")
-        for field, allowed in (("ties", TIES), ("time_precision", TIME_PRECISIONS)):
-            if final.get(field, allowed[0]) not in allowed:
-                raise ConfigError(field, final[field], nearest(final[field], allowed))
         splits.check(final, sequential=not self.ranks_general)
         self._drop_what_has_no_effect(final)
         self._check_shuffle_ties(final)
         self._drop_what_only_ours_read(final)
-        for field, least in (("epochs", 0), ("train_batch_size", 1), ("eval_batch_size", 1), ("eval_step", 0)):
-            if type(final[field]) is not int or final[field] < least:
-                raise ConfigError(field, final[field], f"use a whole number of at least {least}")
         last = final.get("exclude_last")
-        if last is not None and (type(last) is not int or last < 1):
-            raise ConfigError("exclude_last", last, "use a whole number of at least 1, or ~ for the whole history")
         if last is not None and self.ranks_general:
             remedy = f"{final['model']} knows no order of events, and all that users have seen is left out: use ~"
             raise ConfigError("exclude_last", last, remedy)
-        for field in ("learning_rate",):
-            if not isinstance(final[field], (int, float)) or not final[field] > 0:
-                raise ConfigError(field, final[field], "use a number above 0")
 
     def _check_shuffle_ties(self, final: Mapping[str, Any]) -> None:
-        shuffles = final.get("shuffle_ties", False)
-        if not isinstance(shuffles, bool):
-            raise ConfigError("shuffle_ties", shuffles, "use True or False")
-        if not shuffles:
+        if not final.get("shuffle_ties", False):
             return
         if not registry.is_ours(self.model) or final["train_on"] != "sequences":
             remedy = "it is for whole sequences: use a model of this package with train_on: sequences, or False"
@@ -349,6 +366,23 @@ class Config(RecBoleConfig):
                 close = nearest_names(key, known, limit=1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 _logger.warning(f"config: unknown key {key!r} = {self.external_config_dict[key]!r}{hint}")
+
+
+class _OneValueAKey:
+    """A yaml loader for settings: keys are names, each there once; yaml itself would take the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found: dict[Any, Any] = super().construct_mapping(node, deep)  # type: ignore[misc]
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        again = next((name for number, name in enumerate(names) if name in names[:number]), None)
+        if again is not None:
+            problem = f"{again!r} is there twice; keep one"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        unnamed = next((key for key in found if not isinstance(key, str)), None)
+        if unnamed is not None:
+            problem = f"{unnamed!r} is no name of a setting"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return found
 
 
 @contextmanager

@@ -35,6 +35,11 @@ def is_ours(model: str) -> bool:
     return model in MODELS
 
 
+def is_the_packages(model: str) -> bool:
+    """Whether it is one that this package brings itself, rather than one registered from outside."""
+    return MODELS.get(model, "").startswith("recbole_holo.model.")
+
+
 def register_model(name: str, module: str, properties: str | Path | None = None) -> None:
     """Adds a model.
 

@@ -17,7 +17,6 @@ EVENT_TIMES = {
     "gap": "gap: the time since the event before is an input, of past events only",
     "request": "request: THE TIME OF THE EVENT TO BE PREDICTED IS AN INPUT",
 }
-SETTINGS = ("event_time", "event_time_buckets")  # what saved data have to agree in, besides the order of time
 UNKNOWN, TIE = 0, 1  # buckets: nothing is known of the time before; no later than the event before
 
 

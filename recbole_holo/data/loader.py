@@ -3,38 +3,38 @@
 from __future__ import annotations
 
 import os
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import recbole.data.dataset
+import torch
 from recbole.data.dataloader import (
     AbstractDataLoader,
     FullSortEvalDataLoader,
+    KnowledgeBasedDataLoader,
     NegSampleEvalDataLoader,
     TrainDataLoader,
 )
 from recbole.data.dataset import Dataset, KnowledgeBasedDataset, SequentialDataset
-from recbole.data.utils import create_samplers, get_dataloader, load_split_dataloaders, save_split_dataloaders
-from recbole.data.utils import data_preparation as recbole_data_preparation
+from recbole.data.transform import construct_transform
+from recbole.data.utils import create_samplers, get_dataloader
+from recbole.sampler import KGSampler
 from recbole.utils import ModelType
-from recbole.utils.argument_list import dataset_arguments
 
 from recbole_holo.bridge import registry
+from recbole_holo.bridge.compat import recboles_refusals
 from recbole_holo.bridge.config import overridden
 from recbole_holo.bridge.metric_names import two_columns
+from recbole_holo.data import kept
 from recbole_holo.data.batches import CandidateEvalLoader, SequenceEvalLoader, SequenceTrainLoader
-from recbole_holo.data.event_time import SETTINGS as EVENT_TIME_SETTINGS
-from recbole_holo.data.order import SETTINGS as ORDER_SETTINGS
-from recbole_holo.data.repairs import RepairedDataset
+from recbole_holo.data.repairs import repaired
 from recbole_holo.data.seen import repeats_of
 from recbole_holo.data.sequences import PrefixDataset, SequenceDataset
 from recbole_holo.errors import ConfigError, DataError
 from recbole_holo.training import distributed
 from recbole_holo.training.distributed import ShardedTrainDataLoader
 
-# Of saved data, besides those that RecBole compares.
-DATA_SETTINGS = (*ORDER_SETTINGS, *EVENT_TIME_SETTINGS)
 PHASES = ("train", "valid", "test")
 # Models of RecBole that read the padded histories of all rows from the data set, besides their batches.
 READS_PADDED_LISTS = frozenset({"FEARec"})
@@ -55,27 +55,32 @@ def get_dataset_class(config) -> type:
     if base is None:
         families = {ModelType.KNOWLEDGE: KnowledgeBasedDataset, ModelType.SEQUENTIAL: SequentialDataset}
         base = families.get(family, Dataset)
-    return type(base.__name__, (RepairedDataset, base), {"__module__": __name__})
+    return repaired(base)
 
 
 def create_dataset(config) -> Any:
     """The filtered, remapped data set of ``config``, of the class that its model needs.
 
     ``dataset_save_path`` names a data set saved before with ``save_dataset`` (a pickle: load only your own), used when
-    it was made with the same settings.
+    it was made with the same settings from the same files (:mod:`recbole_holo.data.kept`).
     """
     dataset_class = get_dataset_class(config)
-    saved = config["dataset_save_path"]
-    if saved and os.path.exists(saved):
-        with open(saved, "rb") as file:
-            dataset = pickle.load(file)
-        if all(
-            config[key] == dataset.config[key] for key in [*dataset_arguments, *DATA_SETTINGS, "seed", "repeatable"]
-        ):
+    if not (config["dataset_save_path"] or config["save_dataset"]):
+        with recboles_refusals(f"dataset {config['dataset']!r}"):
+            return dataset_class(config)
+    made_from = kept.Fingerprint.of(config, dataset_class.__name__, kept.NOT_DATA_SET)
+    if config["dataset_save_path"]:
+        dataset = kept.read(config["dataset_save_path"], made_from, "dataset_save_path")
+        if dataset is not None:
+            dataset.config = config  # what is done with it from here on is as the settings say now
             return dataset
-    dataset = dataset_class(config)
+    with recboles_refusals(f"dataset {config['dataset']!r}"):
+        dataset = dataset_class(config)
     if config["save_dataset"]:
-        dataset.save()
+        name = f"{config['dataset']}-{dataset_class.__name__}.pth"
+        if not made_from.sources:  # they were downloaded
+            made_from = kept.Fingerprint.of(config, dataset_class.__name__, kept.NOT_DATA_SET)
+        kept.write(os.path.join(config["checkpoint_dir"], name), made_from, dataset)
     return dataset
 
 
@@ -87,18 +92,18 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
     evaluation batches are cut so that rows × items stays below ``eval_max_elements``; and a split without rows is
     ``None`` for validation (RecBole's trainer then skips it), an error for training and test.
     """
-    if config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
-        prepared = recbole_data_preparation(config, dataset)
-        _count_repeats(prepared, {phase: loader._dataset for phase, loader in zip(PHASES, prepared, strict=True)})
-        return prepared
+    made_from = None
+    path = os.path.join(config["checkpoint_dir"], f"{config['dataset']}-for-{config['model']}-dataloader.pth")
     # RecBole would also unpickle a file of the right name that merely lies in checkpoint_dir.
-    wanted = config["dataloaders_save_path"] or config["save_dataloaders"]
-    saved = load_split_dataloaders(config) if wanted else None
-    if saved is not None and all(config[key] == saved[0]._dataset.config[key] for key in DATA_SETTINGS):
-        dataset._change_feat_format()
-        return saved
+    if config["dataloaders_save_path"] or config["save_dataloaders"]:
+        made_from = kept.Fingerprint.of(config, f"the loaders of {config['model']}", kept.NOT_DATA)
+        saved = kept.read(config["dataloaders_save_path"] or path, made_from, "dataloaders_save_path")
+        if saved is not None:
+            dataset._change_feat_format()
+            return _as_now(config, *saved)
 
-    splits = dict(zip(PHASES, dataset.build(), strict=True))
+    with recboles_refusals(f"dataset {config['dataset']!r}"):
+        splits = dict(zip(PHASES, dataset.build(), strict=True))
     for phase in ("train", "test"):
         if len(splits[phase]) == 0:
             raise DataError(
@@ -110,6 +115,10 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
         if k > n_items:
             raise ConfigError("topk", k, f"{dataset.dataset_name!r} has {n_items:,} items after filtering; use fewer")
     samplers = dict(zip(splits, create_samplers(config, dataset, list(splits.values())), strict=True))
+    triples = []
+    if config["MODEL_TYPE"] == ModelType.KNOWLEDGE:
+        negatives = config["train_neg_sample_args"]
+        triples.append(KGSampler(dataset, negatives["distribution"], negatives["alpha"]))
     loaders: list[Any] = []
     for phase, split in splits.items():
         loader_class = get_dataloader(config, phase)
@@ -121,23 +130,55 @@ def data_preparation(config, dataset) -> tuple[AbstractDataLoader, AbstractDataL
                     raise ConfigError("nproc", config["nproc"], f"{config['model']} loads by user; use one process")
                 loader_class = ShardedTrainDataLoader
             with overridden(config, single_spec=True):  # RecBole's own sharding pads, so it is not used
-                loaders.append(loader_class(config, split, samplers[phase], shuffle=config["shuffle"]))
+                loaders.append(loader_class(config, split, samplers[phase], *triples, shuffle=config["shuffle"]))
         else:
             loaders.append(_eval_loader(config, loader_class, split, samplers[phase]) if len(split) else None)
-    _count_repeats(loaders, splits)
-    if config["save_dataloaders"] and None not in loaders:
-        generators = [loader.generator for loader in loaders]
-        save_split_dataloaders(config, dataloaders=loaders)
-        for loader, generator in zip(loaders, generators, strict=True):  # saving takes them away
-            loader.generator = loader.sampler.generator = generator
+    _count_repeats(config, loaders, splits)
+    if config["save_dataloaders"] and made_from is not None:
+        with _without_generators(loaders) as states:
+            kept.write(path, made_from, (loaders, states))
     train, valid, test = loaders
     return train, valid, test
 
 
-def _count_repeats(loaders: Sequence[Any], splits: Mapping[str, Any]) -> None:
+def _that_draw(loaders: Sequence[Any]) -> Iterator[AbstractDataLoader]:
+    """The loaders with a generator of their own; that of a model of knowledge is two of them."""
+    for loader in loaders:
+        if isinstance(loader, KnowledgeBasedDataLoader):
+            yield from (loader.general_dataloader, loader.kg_dataloader)
+        elif loader is not None:
+            yield loader
+
+
+@contextmanager
+def _without_generators(loaders: Sequence[Any]) -> Iterator[list[torch.Tensor]]:
+    """``loaders`` without what cannot be pickled, inside the block; gives their generators' states."""
+    present = list(_that_draw(loaders))
+    generators = [loader.generator for loader in present]
+    for loader in present:
+        loader.generator = loader.sampler.generator = None
+    try:
+        yield [generator.get_state() for generator in generators]
+    finally:
+        for loader, generator in zip(present, generators, strict=True):
+            loader.generator = loader.sampler.generator = generator
+
+
+def _as_now(config, loaders: Sequence[Any], states: Sequence[torch.Tensor]) -> tuple[Any, Any, Any]:
+    """Loaders that were kept, under the configuration of now."""
+    for loader, state in zip(_that_draw(loaders), states, strict=True):
+        loader.generator = loader.sampler.generator = torch.Generator()
+        loader.generator.set_state(state)
+        loader.config = loader._dataset.config = config
+        loader.transform = construct_transform(config)  # leaves names of its own in the configuration
+    train, valid, test = loaders
+    return train, valid, test
+
+
+def _count_repeats(config, loaders: Sequence[Any], splits: Mapping[str, Any]) -> None:
     """Leaves with the validation and test loaders how many of their targets were seen before, where there are rankings
     that it concerns."""
-    if not two_columns(loaders[0].config["metrics"]):
+    if not two_columns(config["metrics"]):
         return
     found = repeats_of(splits)
     for phase, loader in zip(PHASES, loaders, strict=True):

@@ -10,7 +10,6 @@ import numpy as np
 
 TIES = ("file", "item", "random")
 TIME_PRECISIONS = ("float64", "float32")
-SETTINGS = ("ties", "time_precision")  # what the sequences follow from, besides RecBole's dataset_arguments
 
 
 class OrderOfTime(NamedTuple):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import recbole.data.dataset
 import torch
 import yaml
 from recbole.data.dataset import Dataset
@@ -18,9 +20,11 @@ from recbole.utils import ModelType
 from recbole.utils.enum_type import FeatureSource, FeatureType
 from recbole.utils.url import decide_download, download_url, extract_zip, rename_atomic_files
 
-from recbole_holo.data import splits
+from recbole_holo.data import atomic_files, splits
 from recbole_holo.data.order import OrderOfTime, are_numbers, id_ranks, tied_with_the_one_before, time_order
 from recbole_holo.errors import ConfigError, DataError, nearest_names
+
+REPAIRED = "_repaired"  # after the names of the classes of RecBole's that repaired() makes
 
 
 class RepairedDataset(Dataset):
@@ -66,7 +70,15 @@ class RepairedDataset(Dataset):
             if not os.path.isfile(inter):
                 there = ", ".join(sorted(os.listdir(dataset_path))) or "nothing"
                 raise DataError(f"dataset: {token!r} needs the file {inter}, which is not there (found: {there}).")
+        self._file_of_column: dict[str, str] = {}
         super()._load_data(token, dataset_path)
+        atomic_files.check_column_settings(self.config, self.field2type)
+        for suffix, columns in (self.config["unused_col"] or {}).items():
+            if getattr(self, f"{suffix}_feat", None) is None:
+                raise ConfigError("unused_col", self.config["unused_col"], f"no file {token}.{suffix} was loaded")
+            for field in (self.uid_field, self.iid_field, self.time_field):
+                if field in columns:
+                    raise ConfigError("unused_col", self.config["unused_col"], f"{field!r} is used: leave it out")
         if self.config["benchmark_filename"] is not None:
             self._check_rows_of_files()
             if self.config["MODEL_TYPE"] == ModelType.SEQUENTIAL:
@@ -170,15 +182,52 @@ class RepairedDataset(Dataset):
         finally:
             shutil.rmtree(half_done, ignore_errors=True)
 
+    def _checked_header(self, filepath: str, source: FeatureSource | str) -> list[str]:
+        """The columns of a file that was looked through before RecBole reads it; none of one that is not read."""
+        wanted, unwanted = self._get_load_and_unload_col(source)
+        form = atomic_files.Form.of(self.config)
+        header = {} if wanted == set() else atomic_files.read_header(filepath, form)
+        loaded = [name for name in header if (wanted is None or name in wanted) and name not in (unwanted or ())]
+        if source is FeatureSource.INTERACTION:
+            for field, what in ((self.uid_field, "USER_ID_FIELD"), (self.iid_field, "ITEM_ID_FIELD")):
+                if field is not None and field not in loaded:
+                    raise DataError(
+                        f"{what}: {filepath} was loaded without a column {field!r} (loaded: "
+                        f"{', '.join(loaded) or 'nothing'}); name the column, and list it in load_col."
+                    )
+        if not header:
+            return []
+        ids = {name for name in (self.uid_field, self.iid_field) if name in loaded}
+        atomic_files.check_file(filepath, form, set(header) - set(loaded), ids, self.time_field or "")
+        own = self._id_of(source)
+        if own is not None and loaded and own not in loaded:
+            raise DataError(f"load_col: {filepath} is of no use without its column of ids, {own!r}: load it, too")
+        if source in (FeatureSource.INTERACTION, FeatureSource.USER, FeatureSource.ITEM):
+            for name in set(loaded) - {own}:
+                other = self._file_of_column.setdefault(name, source.value)
+                if other != source.value:
+                    raise DataError(
+                        f"{filepath}: its column {name!r} is also one of {self.dataset_name}.{other}, and one would be "
+                        "read in the place of the other; rename it, or leave one out with unload_col"
+                    )
+        return list(header)
+
+    def _id_of(self, source: FeatureSource | str) -> str | None:
+        """The column of ids of a file that describes users or items."""
+        return {FeatureSource.USER: self.uid_field, FeatureSource.ITEM: self.iid_field}.get(source)
+
     def _load_feat(self, filepath: str, source: FeatureSource | str) -> pd.DataFrame | None:
+        header = self._checked_header(filepath, source)
         feat = super()._load_feat(filepath, source)
+        own = self._id_of(source)
+        if feat is not None and own is not None and (again := feat[own].duplicated()).any():
+            self.logger.warning(
+                f"{os.path.basename(filepath)}: {again.sum():,} of {len(feat):,} lines are of a {own} that has one "
+                f"before (e.g. {feat[own][again].iloc[0]!r}); the first counts."
+            )
         wanted, _ = self._get_load_and_unload_col(source)
         if feat is None or wanted is None:
             return feat
-        with open(filepath, encoding=self.config["encoding"]) as file:
-            header = [
-                column.split(":")[0] for column in file.readline().rstrip("\n").split(self.config["field_separator"])
-            ]
         needed = {self.uid_field, self.iid_field, self.time_field, *(self.config["item_attributes"] or [])}
         for column in sorted(wanted - set(feat.columns)):
             close = nearest_names(column, header)
@@ -354,3 +403,18 @@ class RepairedDataset(Dataset):
             order = f"the order of item ids as {'numbers' if are_numbers(ids) else 'strings'}"
             return id_ranks(ids)[self.inter_feat[self.iid_field].to_numpy() - 1], order
         return None, "the file's order"
+
+
+@cache
+def repaired(base: type) -> type:
+    """One of RecBole's data set classes with its faults mended: a class of that name, which can be pickled."""
+    names = {"__module__": __name__, "__qualname__": base.__name__ + REPAIRED}
+    return type(base.__name__, (RepairedDataset, base), names)
+
+
+def __getattr__(name: str) -> type:
+    """The class of :func:`repaired` that a pickle names."""
+    base = getattr(recbole.data.dataset, name.removesuffix(REPAIRED), None) if name.endswith(REPAIRED) else None
+    if base is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return repaired(base)

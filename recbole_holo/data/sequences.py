@@ -20,7 +20,7 @@ from recbole_holo.data.attributes import ItemAttribute, item_attribute, shuffled
 from recbole_holo.data.event_time import GapBuckets, Gaps, event_time
 from recbole_holo.data.histories import EventBatch, Events, Histories
 from recbole_holo.data.repairs import RepairedDataset
-from recbole_holo.errors import ConfigError, DataError, nearest
+from recbole_holo.errors import ConfigError, DataError
 
 HISTORY_START = "_history_start"  # row of a history's first event among all events
 TARGETS_FROM = "_targets_from"  # row of the first event that is a target of a training window
@@ -405,16 +405,7 @@ def recent_events(config) -> int | None:
 
 
 def _check(config) -> None:
-    for field, allowed in (
-        ("train_on", ("sequences", "prefixes")),
-        ("train_windows", ("all", "last")),
-        ("pad_to", ("batch", "max")),
-    ):
-        if config[field] not in allowed:
-            raise ConfigError(field, config[field], nearest(config[field], allowed))
     length, stride, tokens = config["MAX_ITEM_LIST_LENGTH"], config["window_stride"], config["train_batch_tokens"]
-    if not (isinstance(length, int) and length >= 1):
-        raise ConfigError("MAX_ITEM_LIST_LENGTH", length, "use a whole number of at least 1")
     if stride is not None and not (isinstance(stride, int) and 1 <= stride <= length):
         raise ConfigError(
             "window_stride", stride, f"use a whole number from 1 to MAX_ITEM_LIST_LENGTH ({length}), or ~"
@@ -435,8 +426,3 @@ def _check(config) -> None:
         if config["train_on"] != "sequences":
             raise ConfigError("train_batch_tokens", tokens, "it is for train_on: sequences; use train_batch_size")
     event_time(config)
-    attributes = config["item_attributes"] or []
-    if not (isinstance(attributes, list) and all(isinstance(name, str) for name in attributes)):
-        raise ConfigError(
-            "item_attributes", attributes, "use a list of column names of the .item file, such as [genre]"
-        )

@@ -289,6 +289,39 @@ def test_release() -> None:
 # Warnings
 
 
+def test_quiet_blocks_leave_all_other_filters_as_they_are() -> None:
+    """catch_warnings puts back what it found: a filter that another thread, or the block itself, set meanwhile was
+    lost, and of two blocks that overlap the filters of one stayed for ever."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="before")
+        before = list(warnings.filters)
+        first, second = compat.quiet_recbole(), compat.quiet_recbole(in_the_command=True)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        warnings.filterwarnings("ignore", message="of the host")
+        with warnings.catch_warnings():
+            second.__exit__(None, None, None)
+            own = list(warnings.filters)
+        assert list(warnings.filters) == own == [warnings.filters[0], *before]
+        assert warnings.filters[0][1].pattern == "of the host"  # type: ignore[union-attr]
+
+
+def test_the_commands_users_see_none_of_recboles_and_pandas_warnings_but_ours() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with compat.quiet_recbole(in_the_command=True):
+            for module in (
+                "recbole.trainer.trainer",
+                "pandas.core.frame",
+                "recbole_holo.data.loader",
+                "recboles",
+                "mine",
+            ):
+                warnings.warn_explicit("something new", FutureWarning, "file.py", 1, module=module, registry={})
+    assert len(caught) == 3
+
+
 def test_quiet_recbole_silences_only_what_is_listed() -> None:
     def warn(message: str, module: str, category: type[Warning] = FutureWarning) -> None:
         warnings.warn_explicit(message, category, "file.py", 1, module=module, registry={})

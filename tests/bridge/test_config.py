@@ -54,11 +54,13 @@ def test_every_model_has_its_files(model: str) -> None:
 
 def test_values_are_literals_and_never_code() -> None:
     argv = ["--topk=[5,10]", "--eval_args={'split': {'LS': 'test_only'}, 'order': 'TO', 'mode': 'full'}"]
-    config = Config("RecMamba", "ml-100k", argv=[*argv, "--valid_metric=NDCG@5", "--use_gpu=false", "--d_state=~"])
+    config = Config(
+        "RecMamba", "ml-100k", argv=[*argv, "--valid_metric=NDCG@5", "--use_gpu=false", "--eval_max_elements=~"]
+    )
     assert config["topk"] == [5, 10]
     assert config["eval_args"]["split"] == {"LS": "test_only"}
     assert config["use_gpu"] is False
-    assert config["d_state"] is None
+    assert config["eval_max_elements"] is None
     text = "__import__('os').system('touch hacked')"
     assert Config("RecMamba", "ml-100k", config_dict={"wandb_project": text})["wandb_project"] == text
     assert not Path("hacked").exists()
