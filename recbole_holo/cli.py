@@ -70,8 +70,9 @@ def _main(args: argparse.Namespace, settings: list[str], words: Sequence[str]) -
             _run(args, settings)
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Stopped) else Stopped(error, None)
-        again = stopped.checkpoint and not args.search_space  # a search goes on by the same command
-        how = f"; go on with: {_goes_on(words, stopped.checkpoint)}" if again else ""
+        how = ""
+        if stopped.checkpoint and not args.search_space:  # a search goes on by the same command
+            how = f"; go on with: {_goes_on(words, stopped.checkpoint)}"
         print(f"{stopped}{how}", file=sys.stderr)
         return 128 + stopped.signal
     except (*SAID_IN_A_LINE, TrialsFailed) as error:

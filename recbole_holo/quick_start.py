@@ -104,7 +104,7 @@ def run(
     if several:
         started = time.time()
         try:
-            return launch.together(partial(_run_in_group, work=work), nproc)
+            return launch.together(partial(_run_in_own_process, work=work), nproc)
         except KeyboardInterrupt as error:
             found = latest_checkpoint(config["checkpoint_dir"], config["model"], config["dataset"], started)
             raise Stopped(error, found) from error
@@ -118,6 +118,12 @@ def _run_in_group(rank: int, work: partial[dict[str, Any]]) -> dict[str, Any]:
     if not joined:
         torch.distributed.destroy_process_group()
     return result
+
+
+@quiet_recbole(in_the_command=True)
+def _run_in_own_process(rank: int, work: partial[dict[str, Any]]) -> dict[str, Any]:
+    """The same, where the process is one that was started for it."""
+    return _run_in_group(rank, work)
 
 
 @guest()
@@ -254,7 +260,7 @@ def load_model(model_file: str | os.PathLike[str], device: str | torch.device | 
         "sparse_embedding": False,
         "cold_items": "train",
         "train_steps_at_once": None,
-        "data_path": "",  # none is read
+        "data_path": ".",  # none is read
         "backend": "reference" if _given(saved, "backend") == "reference" else "auto",  # as the device has it
     }
     config = _config_of(state, model_file, said, trusted=False)

@@ -311,9 +311,6 @@ class Config(RecBoleConfig):
         sequential = not self.ranks_general
         if sequential and not final.get("repeatable"):
             raise ConfigError("repeatable", final.get("repeatable"), "models of sequences evaluate repeats: use True")
-        ordered = final["eval_args"].get("order", "RO") == "TO" or final.get("benchmark_filename")
-        if registry.is_ours(self.model) and not ordered:
-            raise ConfigError("eval_args", final["eval_args"], "sequences are in the order of time: use order: TO")
         negatives = final.get("train_neg_sample_args")
         by_loss = sequential and not hasattr(self.model_class, "input_type")
         if by_loss and final.get("loss_type") == "CE" and negatives is not None:

@@ -172,24 +172,15 @@ INTERVAL = Setting("an interval, such as '[5,inf)'", _is_interval)
 NAMES = a_list(NAME, "[genre, tag]")
 COLUMNS = a_map(NAME, either(a_list(NAME, "[user_id]"), choice("*")), "{inter: [user_id, item_id, timestamp]}")
 SEVERAL_COLUMNS = a_map(NAME, a_list(NAME, "[age]"), "{user: [age]}")
-LEAVE_OUT = ("valid_and_test", "valid_only", "test_only")
-SHARES = a_list(number(0), "[0.8, 0.1, 0.1]", least=3, most=3)
-SPLITS = either(
-    a_map(choice("RS", "TS"), Setting("shares", lambda v: SHARES.fits(v) and sum(v) > 0), "{RS: [0.8, 0.1, 0.1]}", 1),
-    a_map(choice("LS"), choice(*LEAVE_OUT), "{LS: valid_and_test}", 1),
-    a_map(choice("time"), ANY, "{time: [0.8, 0.9]}", 1),  # checked where it is split
-)
 MODE = Setting(
     "full | labeled | uni100 | pop100",
     lambda value: isinstance(value, str) and re.fullmatch(r"full|labeled|(uni|pop)[1-9]\d{0,6}", value) is not None,
 )
-EVAL_ARGS = fields(
-    "{split: {LS: valid_and_test}, order: TO, group_by: user, mode: full} (split also RS: [0.8, 0.1, 0.1]; order: RO | "
-    "TO; group_by: user | none; mode: full | labeled | uni100 | pop100)",
-    split=SPLITS,
-    order=choice("RO", "TO"),
-    group_by=or_none(choice("user", "none", any_case=True)),
-    mode=either(MODE, fields("{valid: uni100, test: full}", valid=MODE, test=MODE)),
+MODES = either(MODE, fields("{valid: uni100, test: full}", valid=MODE, test=MODE))
+EVAL_ARGS = Setting(  # the rest of it is checked where it is used, recbole_holo/data/splits.py
+    "a map, such as {split: {LS: valid_and_test}, order: TO, group_by: user, mode: full} (mode also labeled | uni100 | "
+    "pop100)",
+    lambda value: isinstance(value, Mapping) and MODES.fits(value.get("mode", "full")),
 )
 NEGATIVES = fields(
     "{distribution: uniform, sample_num: 1}",
@@ -201,7 +192,14 @@ NEGATIVES = fields(
 )
 LEARNERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
 STATES = ("debug", "info", "warning", "error", "critical")
-TRANSFORMS = ("mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq", "user_defined")
+# RecBole's transforms of batches, and the setting that each needs besides.
+TRANSFORMS = {
+    "mask_itemseq": "mask_ratio",
+    "inverse_itemseq": None,
+    "crop_itemseq": "eta",
+    "reorder_itemseq": "beta",
+    "user_defined": None,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -459,6 +457,10 @@ def check(settings: Mapping[str, Any], defaults: Mapping[str, Any], ours: bool, 
             raise ConfigError("discretization", settings["discretization"], f"list {name!r} in numerical_features, too")
         if how["method"] == "ED" and "bucket" not in how:
             raise ConfigError("discretization", settings["discretization"], f"{name}: ED needs a number: bucket: 8")
+    needed = TRANSFORMS.get(settings.get("transform"))
+    if needed is not None and not number(0, 1, above=True).fits(settings.get(needed)):
+        remedy = f"transform: {settings['transform']} needs a number above 0 up to 1"
+        raise ConfigError(needed, settings.get(needed), remedy)
     both = set(settings.get("load_col") or ()) & set(settings.get("unload_col") or ())
     for suffix in sorted(both):
         if settings["load_col"][suffix] not in ("*", []):

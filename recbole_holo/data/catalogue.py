@@ -18,6 +18,7 @@ from recbole_holo.data.attributes import ItemAttribute
 from recbole_holo.data.event_time import GapBuckets
 from recbole_holo.errors import DataError, nearest_names
 
+_logger = getLogger("recbole_holo")
 TITLES = ("title", "movie_title", "name")  # columns of an .item file that people read items by
 
 
@@ -192,5 +193,5 @@ def item_titles(dataset: Any) -> dict[str, str]:
         key = header.index(dataset.iid_field)
         return {row[key]: row[title] for row in read_rows(path, form) if len(row) == len(header)}
     except DataError as error:  # of a file that load_col leaves out
-        getLogger().warning(f"items have no titles: {error}")
+        _logger.warning(f"items have no titles: {error}")
         return {}

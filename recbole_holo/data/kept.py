@@ -22,6 +22,7 @@ import recbole_holo
 from recbole_holo.bridge.compat import installed_version
 from recbole_holo.bridge.settings import MODEL_SETTINGS, SETTINGS
 
+_logger = getLogger("recbole_holo")
 MAGIC = b"recbole_holo kept data 1\n"
 # Of settings, what data do not follow from; of data sets before they are split into batches, these too.
 NOT_DATA = ("run", "training", "model")
@@ -123,12 +124,12 @@ def read(path: str | os.PathLike[str], fingerprint: Fingerprint, setting: str) -
                 differences = fingerprint.differences(kept)
                 pickled = b"" if differences else file.read()
                 if hashlib.sha256(pickled).hexdigest() == kept["sha256"]:
-                    getLogger().info(f"{setting}: the data of {os.fspath(path)} are used")
+                    _logger.info(f"{setting}: the data of {os.fspath(path)} are used")
                     return pickle.loads(pickled)
                 reason = "; ".join(differences) or "it is damaged"
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError):
                 reason = "its first bytes are damaged"
-    getLogger().warning(f"{setting}: {os.fspath(path)} is not used, and the data are made anew: {reason}")
+    _logger.warning(f"{setting}: {os.fspath(path)} is not used, and the data are made anew: {reason}")
     return None
 
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from recbole_holo.bridge.checkpoint import CheckpointError
-from recbole_holo.bridge.compat import quiet_recbole
 from recbole_holo.errors import ConfigError, DataError, MissingExtra, NonFiniteLoss, ProcessDied
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -98,7 +97,6 @@ def together(work: Callable[[int], Any], nproc: int) -> Any:
         return pickle.loads(result.read_bytes())
 
 
-@quiet_recbole(in_the_command=True)  # a process of its own
 def _work(rank: int, work: Callable[[int], Any], folder: str) -> None:
     try:
         result = work(rank)
