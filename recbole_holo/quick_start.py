@@ -24,6 +24,7 @@ from recbole_holo.bridge import checkpoint, registry, restoring, strangers
 from recbole_holo.bridge.compat import quiet_recbole, recboles_refusals
 from recbole_holo.bridge.config import Config
 from recbole_holo.bridge.host import drawing_apart, guest, start_log, visible_devices_kept
+from recbole_holo.bridge.settings import SETTINGS
 from recbole_holo.data.catalogue import Catalogue
 from recbole_holo.data.loader import create_dataset, data_preparation
 from recbole_holo.errors import ConfigError, DataError
@@ -220,8 +221,12 @@ def _config_of(state: dict[str, Any], path: Any, said: Mapping[str, Any], truste
             settings["backend"] = "auto"  # the device that was asked for has others
         try:
             return Config(saved["model"], saved["dataset"], config_dict=settings, complete=True)
-        except (ConfigError, DataError):
-            raise
+        except (ConfigError, DataError) as error:
+            field = getattr(error, "field", None)
+            declared = SETTINGS.get(str(field))
+            if declared is None or field in said or declared.fits(settings.get(str(field))):
+                raise
+            raise checkpoint.CheckpointError(f"checkpoint: {os.fspath(path)!r}: {error}") from error
         except Exception as error:  # RecBole takes for granted that settings are there and of their types
             what = f"its settings cannot be used ({error!r})"
             raise checkpoint.CheckpointError(f"checkpoint: {os.fspath(path)!r}: {what}") from error

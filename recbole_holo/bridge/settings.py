@@ -457,7 +457,7 @@ def check(settings: Mapping[str, Any], defaults: Mapping[str, Any], ours: bool, 
             raise ConfigError("discretization", settings["discretization"], f"list {name!r} in numerical_features, too")
         if how["method"] == "ED" and "bucket" not in how:
             raise ConfigError("discretization", settings["discretization"], f"{name}: ED needs a number: bucket: 8")
-    needed = TRANSFORMS.get(settings.get("transform"))
+    needed = TRANSFORMS.get(str(settings.get("transform")))
     if needed is not None and not number(0, 1, above=True).fits(settings.get(needed)):
         remedy = f"transform: {settings['transform']} needs a number above 0 up to 1"
         raise ConfigError(needed, settings.get(needed), remedy)
