@@ -131,6 +131,8 @@ def _run_in_own_process(rank: int, work: partial[dict[str, Any]]) -> dict[str, A
 @quiet_recbole()
 def _run(model, dataset, config_file_list, settings, saved, test, argv, callback_fn=None) -> dict[str, Any]:
     config = Config(model, dataset, config_file_list, settings, argv)
+    if config["device"].type == "cuda":
+        torch.cuda.reset_peak_memory_stats(config["device"])  # an earlier run's in this process
     trainer, train_data, valid_data, test_data = prepare(config)
     shown, test_result, ranks, ranks_unseen = bool(config["show_progress"]), None, None, None
     with stoppable(trainer):
@@ -379,8 +381,6 @@ def _start(config: Config) -> None:
     backend.set_backend(config["backend"])
     backend.forget_report()  # what an earlier run of this process ran on
     init_seed(config["seed"], config["reproducibility"])
-    if config["device"].type == "cuda":
-        torch.cuda.reset_peak_memory_stats(config["device"])
     start_log(config)
 
 

@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,8 +36,8 @@ def guest() -> Iterator[None]:
     """One run, alone in its process: another thread's waits until it is over, and is then what it would be alone.
 
     At the end the handlers, level and propagation of this package's logger are what they were before, and so are the
-    random states, cuDNN's flags, signal handlers and the devices that are visible. What else is the process's is not
-    touched: the root logger, warnings' filters, the working directory and numbers of threads.
+    random states, cuDNN's flags, signal handlers, warnings' filters and the devices that are visible. What else is the
+    process's is not touched: the root logger, the working directory and numbers of threads.
     """
     if not _turn.acquire(blocking=False):
         _logger.warning(
@@ -45,7 +46,14 @@ def guest() -> Iterator[None]:
         )
         _turn.acquire()
     try:
-        with _logger_kept(), random_states_kept(), _flags_kept(), _signals_kept(), visible_devices_kept():
+        with (
+            _logger_kept(),
+            random_states_kept(),
+            _flags_kept(),
+            _signals_kept(),
+            visible_devices_kept(),
+            _filters_kept(),
+        ):
             yield
     finally:
         _turn.release()
@@ -97,6 +105,17 @@ def _flags_kept() -> Iterator[None]:
         yield
     finally:
         flags.benchmark, flags.deterministic = before
+
+
+@contextmanager
+def _filters_kept() -> Iterator[None]:
+    """Libraries that are imported late (PyTorch's own parts, SymPy) leave filters of warnings behind."""
+    filters: Any = warnings.filters
+    before = filters[:]
+    try:
+        yield
+    finally:
+        filters[:] = [one for one in filters if one in before]
 
 
 @contextmanager

@@ -178,7 +178,9 @@ class SequenceRecommender(BoundItems, SequentialRecommender):
         """
         item_seq = interaction[self.ITEM_SEQ]
         if getattr(interaction, "histories", None) is None:
-            check_padding(item_seq, interaction.interaction.get(self.ITEM_SEQ_LEN), (self.ITEM_SEQ, self.ITEM_SEQ_LEN))
+            known = self.ITEM_SEQ_LEN in interaction
+            lengths = interaction[self.ITEM_SEQ_LEN] if known else None
+            check_padding(item_seq, lengths, (self.ITEM_SEQ, self.ITEM_SEQ_LEN))
         return item_seq
 
     def calculate_loss(self, interaction: Interaction) -> Tensor:

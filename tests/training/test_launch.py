@@ -58,7 +58,7 @@ def test_torchruns_processes_are_one_group(cyclic_dataset: str, tiny: dict[str, 
     (report,) = Path("saved").glob("*.json")
     assert len(list(Path("saved").glob("*.pth"))) == 1
     found = json.loads(report.read_text())
-    assert found["test"] == run("RecMamba", cyclic_dataset, config_dict=settings, saved=False)["test_result"]
+    assert found["test"] == run("RecMamba", cyclic_dataset, config_dict=settings)["test_result"]
 
 
 @pytest.mark.parametrize(

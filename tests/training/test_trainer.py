@@ -17,6 +17,7 @@ from recbole_holo.bridge import registry
 from recbole_holo.bridge.config import Config
 from recbole_holo.data.loader import create_dataset, data_preparation
 from recbole_holo.ops import backend
+from recbole_holo.training import graphs
 from recbole_holo.training.graphs import SHAPES, EncoderGraphs, width_multiple
 from recbole_holo.training.schedule import WeightAverage
 from recbole_holo.training.trainer import HoloTrainer
@@ -218,8 +219,7 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.get_rng_state())
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: torch.set_rng_state(state))
+    monkeypatch.setattr(graphs, "_as_before", lambda device, pool: torch.random.fork_rng(devices=[]))
     return shapes
 
 
