@@ -192,7 +192,14 @@ NEGATIVES = fields(
 )
 LEARNERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
 STATES = ("debug", "info", "warning", "error", "critical")
-TRANSFORMS = ("mask_itemseq", "inverse_itemseq", "crop_itemseq", "reorder_itemseq", "user_defined")
+# RecBole's transforms of batches, and the setting that each needs besides.
+TRANSFORMS = {
+    "mask_itemseq": "mask_ratio",
+    "inverse_itemseq": None,
+    "crop_itemseq": "eta",
+    "reorder_itemseq": "beta",
+    "user_defined": None,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,6 +457,10 @@ def check(settings: Mapping[str, Any], defaults: Mapping[str, Any], ours: bool, 
             raise ConfigError("discretization", settings["discretization"], f"list {name!r} in numerical_features, too")
         if how["method"] == "ED" and "bucket" not in how:
             raise ConfigError("discretization", settings["discretization"], f"{name}: ED needs a number: bucket: 8")
+    needed = TRANSFORMS.get(settings.get("transform"))
+    if needed is not None and not number(0, 1, above=True).fits(settings.get(needed)):
+        remedy = f"transform: {settings['transform']} needs a number above 0 up to 1"
+        raise ConfigError(needed, settings.get(needed), remedy)
     both = set(settings.get("load_col") or ()) & set(settings.get("unload_col") or ())
     for suffix in sorted(both):
         if settings["load_col"][suffix] not in ("*", []):

@@ -203,9 +203,10 @@ class RepairedDataset(Dataset):
         if own is not None and loaded and own not in loaded:
             raise DataError(f"load_col: {filepath} is of no use without its column of ids, {own!r}: load it, too")
         if source in (FeatureSource.INTERACTION, FeatureSource.USER, FeatureSource.ITEM):
+            suffix = filepath.rpartition(".")[2]
             for name in set(loaded) - {own}:
-                other = self._file_of_column.setdefault(name, source.value)
-                if other != source.value:
+                other = self._file_of_column.setdefault(name, suffix)
+                if other != suffix:
                     raise DataError(
                         f"{filepath}: its column {name!r} is also one of {self.dataset_name}.{other}, and one would be "
                         "read in the place of the other; rename it, or leave one out with unload_col"
