@@ -22,8 +22,8 @@ def test_the_guide_from_the_file_to_the_explanation(capsys: pytest.CaptureFixtur
     assert set(report["attributes"]) == {"class", "release_year"}
     printed = capsys.readouterr().out
     assert re.search(r"attribute +alpha +beta +share", printed)
-    assert re.search(r"^Toy Story( \[1\])?$", printed, re.M)
-    assert "Toy Story | Star Wars | Empire Strikes Back, The" in printed
+    assert "Toy Story [1]\n" in printed
+    assert "Toy Story [1] | Star Wars [50] | Empire Strikes Back, The [172]" in printed
     explanation = names["explain"](names["model"], names["dataset"], item="1", k=1)
     assert [reading.attribute for reading in explanation.readings] == ["class", "release_year"]
 

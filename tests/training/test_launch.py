@@ -51,7 +51,7 @@ def torchrun(argv: list[str]) -> subprocess.CompletedProcess[str]:
 
 # Two processes that knew nothing of each other trained the same model twice.
 def test_torchruns_processes_are_one_group(cyclic_dataset: str, tiny: dict[str, Any]) -> None:
-    settings = {**tiny, "dropout_prob": 0.0}
+    settings = {**tiny, "dropout_prob": 0.0, "layer_dropout_prob": 0.0}
     done = torchrun(["--model=RecMamba", f"--dataset={cyclic_dataset}", *(f"--{k}={v}" for k, v in settings.items())])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("RecMamba on cycle") == 1
