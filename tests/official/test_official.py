@@ -284,7 +284,7 @@ def test_a_model(preset: str, hidden_size: int) -> None:
     sizes = {"hidden_size": hidden_size, "MAX_ITEM_LIST_LENGTH": 9, "num_layers": 1, "chunk_size": 16}
     without = dict.fromkeys(("dropout_prob", "layer_dropout_prob", "hidden_dropout_prob", "attn_dropout_prob"), 0.0)
     if preset == "Hydra" and hidden_size % 4:
-        sizes["head_dim"] = 10
+        sizes |= {"head_dim": 10, "headdim": 5}
     exact = build(preset, **sizes, **without).double()
     model = copy.deepcopy(exact).float()
     valid = torch.arange(9) < torch.tensor([[9], [4], [1]])

@@ -50,11 +50,11 @@ SOURCES = (
     "quantization.cpp",
 )
 LOG2_E = 1.4426950408889634  # the kernels take decays as powers of two
+_DIGEST = hashlib.sha256().digest_size
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fno-exceptions", "-fno-math-errno", "-shared", "-fPIC")
-_DIGEST = hashlib.sha256().digest_size
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
-SECONDS = 300  # that a compiler may take in all; it takes some seconds, on a busy machine a minute
+SANITIZERS = ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g")
+SECONDS = 600  # that a compiler may take in all; it takes some fifteen, on a very busy machine some minutes
 
 
 class NativeError(Exception):
