@@ -37,7 +37,8 @@ EXTENSIONS = ("selective_scan_cuda", "causal_conv1d_cuda")
 def install(folder: Path) -> None:
     """Makes ``mamba_ssm``, ``causal_conv1d`` and their extensions importable, for this process."""
     os.environ["TRITON_INTERPRET"] = "1"  # before triton
-    mamba, convolution = (next(folder.glob(f"{name}-*/")) for name in ("mamba_ssm", "causal_conv1d"))
+    names = ("mamba_ssm", "causal_conv1d")
+    mamba, convolution = (next(found for found in folder.glob(f"{name}-*") if found.is_dir()) for name in names)
     sys.path.append(str(convolution))
     for extension in EXTENSIONS:
         loader = ExtensionFileLoader(extension, str(compiled(folder, mamba, convolution)))
