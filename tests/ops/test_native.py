@@ -116,7 +116,7 @@ def test_a_compiler_that_hangs_is_ended(cache, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setattr(native, "SECONDS", 1)
     start = time.monotonic()
-    with pytest.raises(native.NativeError, match=r"did not end within 1 s"):
+    with pytest.raises(native.NativeError, match="had not ended"):
         native.build()
     assert time.monotonic() - start < 20
     assert list(cache.iterdir()) == []
