@@ -5,6 +5,7 @@ With portable code in the place of their instructions, so that layouts, tails an
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def emulation(request, tmp_path_factory):
     flags = [flag for flag in native.FLAGS if flag != "-O3"]
     flags += ["-O0", "-march=native", "-Wno-psabi", f"-DEMULATED={FORMS.index(request.param) + 1}"]
     attempts = [[*flags, "-fopenmp"], flags]
-    native._compile(native._compiler(), attempts, [FOLDER / name for name in SOURCES], target)
+    native._compile(native._compiler(), attempts, [FOLDER / name for name in SOURCES], target, time.monotonic() + 600)
     return request.param, native.load(target)
 
 

@@ -17,6 +17,7 @@ from recbole_holo.ops import native
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path) -> Path:
+    monkeypatch.delenv("RECBOLE_HOLO_SANITIZE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
     return tmp_path / "recbole_holo"
@@ -126,6 +127,7 @@ def test_sanitizers_are_another_build_and_want_to_come_first(cache, compilations
     plain = native.build()
     monkeypatch.setenv("RECBOLE_HOLO_SANITIZE", "1")
     assert native.build() != plain
+    monkeypatch.setattr(native.ctypes, "CDLL", lambda name: None)  # a process without the checks
     with pytest.raises(native.NativeError, match="LD_PRELOAD"):
         native.library.__wrapped__()
 

@@ -11,7 +11,8 @@ anew. It is loaded only where none but the user and root could have written it.
 ``RECBOLE_HOLO_SANITIZE=1`` compiles in checks of every address and of undefined behaviour, which end the process with a
 report. The address checks have to be in the process from its start, so the kernels' tests run under them as ::
 
-    RECBOLE_HOLO_SANITIZE=1 LD_PRELOAD="$(c++ -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \\
+    RECBOLE_HOLO_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0 \\
+        LD_PRELOAD="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libstdc++.so)" \\
         python -m pytest tests/ops tests/layers
 """
 
