@@ -110,6 +110,7 @@ def test_kernels_do_not_take_double(monkeypatch):
 def test_rounding_of_products_is_said(monkeypatch, caplog):
     """Triton multiplies float32 in TF32 unless told otherwise."""
     monkeypatch.setattr(backend, "_load_kernel", lambda op: (print, ""))
+    monkeypatch.delenv("TRITON_F32_DEFAULT", raising=False)  # which the CUDA tests set for their process
     with caplog.at_level(logging.INFO, "recbole_holo"):
         for op in ("selective_scan", "mamba_block", "mamba2_block", "state_space_dual"):
             choose(op, OnCuda(torch.bfloat16))
