@@ -207,12 +207,18 @@ BLOCKS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize(("batch", "length"), [(2, 1), (1, 1), (2, 3), (1, 17)])
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("batch", "length", "dtype"),
+    [
+        (2, 1, torch.float32),
+        (1, 1, torch.float32),
+        (2, 3, torch.float32),
+        (1, 17, torch.float32),
+        (2, 3, torch.bfloat16),
+    ],
+)
 def test_a_block(name: str, batch: int, length: int, dtype: torch.dtype) -> None:
     """A bias of the output projection, whose gradient the official function gives as one number, among them."""
-    if dtype == torch.bfloat16 and length != 3:
-        pytest.skip("what the types change shows in three steps")
     build_block, shape = BLOCKS[name]
     exact = build_block().double()
     block = copy.deepcopy(exact).float()
