@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
-from recbole_holo.losses.base import Loss, Positions
-from recbole_holo.losses.negatives import one_negative_each
+from recbole_holo.losses.pairwise import Pairwise
 from recbole_holo.ops import losses
 
 
-class BCE(Loss):
+class BCE(Pairwise):
     """``-log σ(s⁺) - log(1 - σ(s⁻))`` (SASRec's, Kang and McAuley 2018), s⁻ of one uniform negative a position."""
 
-    def forward(self, positions: Positions) -> Tensor:
-        negatives, left_out = one_negative_each(positions)
-        vectors, sparse = positions.vectors_for(2 * len(negatives))
-        query, bias = positions.query, positions.scaled_bias
-        return losses.bce(query, positions.targets, negatives, vectors, bias, positions.cosine, sparse, left_out)
+    def function(self) -> Callable[..., Tensor]:
+        return losses.bce
